@@ -1,0 +1,136 @@
+"""Federate cifar.py, or any other task, without changing a line of it: a client.
+
+    python client.py                                  # joins the server on this machine
+    python client.py --server HOST:PORT --data DIR    # joins another one, with the data in DIR
+
+Flower calls the functions below when the server asks for them. None has a training loop: `train` calls the task's
+own `train`, `evaluate` its `test`, on the samples that are this client's.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from federation import launch, weights
+from federation.console import explained, say, tell
+from federation.task import client_seed, data_digest, load_task
+
+app = ClientApp()
+
+
+@app.train()
+@explained
+def train(message: Message, context: Context) -> Message:
+    """Train the global model on this client's training samples."""
+    started, config = time.perf_counter(), context.run_config
+    task, data = open_task(message, context)
+    net = task.Net()
+    weights.to_net(message.content["arrays"], net)
+    x, y = own_rows(data[0], "train", message, context)
+    server_round, position = message.content["config"]["server-round"], message.content["client"]["position"]
+    loss = task.train(
+        net,
+        (x, y),
+        epochs=config["local-epochs"],
+        batch_size=config["batch-size"],
+        seed=client_seed(config["seed"], position, (server_round - 1) * config["local-epochs"]),
+        **({"lr": config["learning-rate"]} if config["learning-rate"] else {}),
+    )
+    seconds = time.perf_counter() - started
+    say(f"round {server_round}: trained on {len(y):,} samples, loss {loss:.4f}, {seconds:.1f} s")
+    metrics = {"num-examples": len(y), "train-loss": float(loss), "seconds": seconds}
+    return answer(message, arrays=weights.from_net(net), metrics=MetricRecord(metrics))
+
+
+@app.evaluate()
+@explained
+def evaluate(message: Message, context: Context) -> Message:
+    """Test the global model on this client's test samples."""
+    started = time.perf_counter()
+    task, data = open_task(message, context)
+    net = task.Net()
+    weights.to_net(message.content["arrays"], net)
+    x, y = own_rows(data[1], "test", message, context)
+    loss, accuracy = task.test(net, (x, y))
+    seconds = time.perf_counter() - started
+    say(f"round {message.content['config']['server-round']}: tested on {len(y):,} samples, accuracy {accuracy:.4f}")
+    metrics = {"num-examples": len(y), "loss": float(loss), "accuracy": float(accuracy), "seconds": seconds}
+    return answer(message, metrics=MetricRecord(metrics))
+
+
+@app.query("join")
+@explained
+def join(message: Message, context: Context) -> Message:
+    """Tell the server who this is, which partition it wants (-1: any), and which data it has."""
+    task, data = open_task(message, context)
+    node = context.node_config
+    facts = {
+        "name": node.get("name", ""),
+        "partition-id": node.get("partition-id", -1),
+        "num-partitions": node.get("num-partitions", 0),
+        "data": data_digest(data),
+    }
+    return answer(message, client=ConfigRecord(facts))
+
+
+@app.query("leave")
+@explained
+def leave(message: Message, context: Context) -> Message:
+    """Hear from the server that the run is over."""
+    error = message.content["goodbye"]["error"]
+    say(f"the server ended the run: {error}" if error else "the run has finished")
+    tell(end=1 if error else 0)
+    return answer(message)
+
+
+def open_task(message: Message, context: Context) -> tuple[ModuleType, Any]:
+    """Return the task and its whole data set: this client's own, or else the one that the server names."""
+    launch.share_cores()
+    task = load_task(str(context.run_config["task"]))
+    return task, task.load_data(context.node_config.get("data") or message.content["client"]["data"] or None)
+
+
+def own_rows(data: Any, split: str, message: Message, context: Context) -> tuple[Any, Any]:
+    """Return the samples of a split that are this client's. The server names them once; Flower keeps them for us."""
+    if "rows" in message.content:
+        context.state["rows"] = message.content["rows"]
+    x, y = data
+    if "rows" not in context.state:
+        return x, y
+    rows = context.state["rows"][split].numpy()
+    return x[rows], y[rows]
+
+
+def answer(message: Message, **records: Any) -> Message:
+    return Message(RecordDict(records), reply_to=message)
+
+
+def command() -> int:
+    """Read the command line and join a run; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--server", default="127.0.0.1:8080", metavar="HOST:PORT", type=launch.address)
+    parser.add_argument("--data", metavar="DIR", help="this client's data (default: where the server has them)")
+    parser.add_argument("--partition-id", type=int, metavar="I", help="take this partition (default: a free one)")
+    parser.add_argument("--num-partitions", type=int, metavar="N", help="of so many")
+    parser.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="how long to wait for a server")
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores, divided by the clients here)")
+    args = parser.parse_args()
+    if (args.partition_id is None) != (args.num_partitions is None):
+        parser.error("--partition-id and --num-partitions go together")
+    if args.num_partitions is not None and not 0 <= args.partition_id < args.num_partitions:
+        parser.error(f"--partition-id {args.partition_id} is not one of 0 to {args.num_partitions - 1}")
+    if args.wait < 0 or (args.threads or 1) < 1:
+        parser.error("--wait needs 0 or more, --threads 1 or more")
+    data = str(Path(args.data).expanduser().absolute()) if args.data else None
+    wishes = {"data": data, "partition-id": args.partition_id, "num-partitions": args.num_partitions}
+    node_config = {key: value for key, value in wishes.items() if value is not None}
+    return launch.join_run(*args.server, args.wait, node_config, args.threads)
+
+
+if __name__ == "__main__":
+    launch.run_command(command)

@@ -1,0 +1,1 @@
+"""What client.py and server.py share, and no reader of the two has to open."""

@@ -1,0 +1,65 @@
+"""The run config: its defaults in pyproject.toml, its syntax, and the values that it takes."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+Value = bool | int | float | str
+Config = dict[str, Value]
+
+POSITIVE = (1, 10**9)
+LIMITS: dict[str, tuple[float, float]] = {
+    "num-server-rounds": POSITIVE,
+    "num-clients": (1, 100_000),
+    "fraction-train": (1e-9, 1),
+    "fraction-evaluate": (0, 1),
+    "local-epochs": POSITIVE,
+    "learning-rate": (0, 1e6),
+    "batch-size": POSITIVE,
+    "seed": (0, 2**31 - 1),
+    "round-timeout": POSITIVE,
+}
+ASSIGNMENT = re.compile(r"""[^\s=]+=(?:"[^"]*"|'[^']*'|[^\s"']+)(?=\s|$)""")
+
+
+def defaults() -> Config:
+    """Return the run config that pyproject.toml declares."""
+    pyproject = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    return dict(tomllib.loads(pyproject.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Read `key=value key="text"`, or the TOML file of that name: the syntax of `flwr run --run-config`."""
+    try:
+        if text.endswith(".toml"):
+            return tomllib.loads(Path(text).expanduser().read_text("utf-8"))
+        if ASSIGNMENT.sub("", text).strip():
+            raise ValueError
+        return tomllib.loads("\n".join(ASSIGNMENT.findall(text)))
+    except OSError as error:
+        raise ValueError(f"run config {text}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"run config {text!r} is not of the form key=value key=\"text\"") from None
+
+
+def checked(overrides: dict[str, Any]) -> Config:
+    """Return the defaults with `overrides`. Raises ValueError for an unknown key, a wrong type or a wrong value."""
+    config = defaults()
+    for key, value in overrides.items():
+        if key not in config:
+            raise ValueError(f"run config has no key {key!r}; its keys are: {', '.join(config)}")
+        config[key] = _checked_value(key, value, type(config[key]))
+    return config
+
+
+def _checked_value(key: str, value: Any, kind: type) -> Value:
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"run config {key}={value!r} should be of type {kind.__name__}, as in {key}={defaults()[key]!r}")
+    low, high = LIMITS.get(key, (0, 0))
+    if key in LIMITS and not low <= value <= high:
+        raise ValueError(f"run config {key}={value!r} is out of range: {low:g} to {high:g} is allowed")
+    checked_value: Value = value
+    return checked_value

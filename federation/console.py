@@ -1,0 +1,69 @@
+"""How an app that runs deep inside Flower's processes talks to the terminal that started it.
+
+SuperLink and SuperNode start their apps as processes of their own, whose output mixes with Flower's log. A line that
+begins with PREFIX is for people; one that begins with CONTROL is for launch.py, which reads both.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid
+
+Handler = Callable[[Message, Context], Message]
+
+PREFIX = "federation: "
+CONTROL = "federation# "
+
+
+def say(text: str) -> None:
+    """Show `text` to whoever started this app."""
+    for line in text.splitlines():
+        print(f"{PREFIX}{line}", flush=True)
+
+
+def tell(**event: Any) -> None:
+    """Tell the launcher about an event: `progress=(done, total)`, or `end=exit_status`."""
+    print(f"{CONTROL}{json.dumps(event)}", flush=True)
+
+
+def reason(error: object) -> str:
+    """Return an error in one line: Flower's own way of putting it, <class 'X'>:<'text'>, is undone."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^<class '[\w.]*'>:<'(.*)'>$", r"\1", text)
+    return re.sub(r"^.*ClientAppException occurred\. Message: ", "", text) or repr(error)
+
+
+def explained(function: Handler) -> Handler:
+    """Make a client's function say in one line why it failed; one that cannot even join ends its client."""
+
+    @functools.wraps(function)
+    def wrapper(message: Message, context: Context) -> Message:
+        try:
+            return function(message, context)
+        except Exception as error:
+            say(f"{function.__name__} failed: {reason(error)}")
+            if function.__name__ == "join":
+                tell(end=1)
+            raise
+
+    return wrapper
+
+
+def explained_run(function: Callable[[Grid, Context], None]) -> Callable[[Grid, Context], None]:
+    """Make a server's main tell how the run ended, and say in one line why it failed."""
+
+    @functools.wraps(function)
+    def wrapper(grid: Grid, context: Context) -> None:
+        try:
+            function(grid, context)
+        except Exception as error:
+            say(f"the run failed: {reason(error)}")
+            tell(end=1)
+            raise
+        tell(end=0)
+
+    return wrapper

@@ -1,0 +1,295 @@
+"""Starting and stopping Flower's processes: the SuperLink, a SuperNode, a run.
+
+Everything that is started carries a mark in its environment. A guard process waits for its parent to end, however it
+ends, and then kills whatever carries the mark: nothing of ours survives Ctrl-C or `kill -9`.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
+from typing import IO
+
+import filelock
+import psutil
+from tqdm import tqdm
+
+from federation.console import CONTROL, PREFIX
+
+MARK = "FEDERATION_SESSION"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class LaunchError(Exception):
+    """A failure that one line explains; it ends the program with status 1."""
+
+
+def run_command(command: Callable[[], int]) -> None:
+    """Run a program and exit with its status, with 1 and one line if it fails, with 130 after Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    name = Path(sys.argv[0]).name
+    try:
+        sys.exit(command())
+    except (LaunchError, ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------ sessions
+
+
+class Session:
+    """The processes of one server or client, their private FLWR_HOME and their log."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        self.home = home
+        self.processes: list[subprocess.Popen[str]] = []
+        self.log = (home / "log.txt").open("w+", encoding="utf-8", buffering=1)
+        self.environment = os.environ | environment | {
+            MARK: home.name,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PYTHONUNBUFFERED": "1",
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # the default of 1 s delays every message
+        }  # fmt: skip
+
+    def start(self, *command: str) -> "subprocess.Popen[str]":
+        """Start a command whose output goes to the log, but for the lines that are for people."""
+        process = subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self.processes.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Ask the processes to end, and give them a second: a SuperNode signs off, so that no server waits for it."""
+        for process in self.processes:
+            process.terminate()
+        psutil.wait_procs([psutil.Process(process.pid) for process in self.processes if process.poll() is None], 1)
+
+    def last_error(self) -> str:
+        """Return what the log says last, without the frames and colours that Flower puts around it."""
+        self.log.seek(0)
+        lines = [re.sub(r"\x1b\[\d*m", "", line).strip(" │\n") for line in self.log]
+        lines = [line for line in lines if line and line[0] not in "╭╰"]
+        errors = [line for line in lines if re.match(r"ERROR|.*(mismatch|Error:)", line)]
+        return (errors or lines or ["it printed nothing"])[-1]
+
+
+@contextmanager
+def session(**environment: str) -> Iterator[Session]:
+    """Open a Session; when it closes, every process of it is dead and its FLWR_HOME is gone."""
+    home = Path(tempfile.mkdtemp(prefix="federation-"))
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "federation.launch", str(home)],
+        cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    ours = Session(home, **environment)
+    try:
+        yield ours
+    finally:
+        ours.stop()
+        guard.communicate()
+
+
+def guard(home: Path) -> None:
+    """Wait until the parent closes our standard input or dies, then kill all processes of its session."""
+    with suppress(OSError):
+        sys.stdin.read()
+    while marked := [process for process in psutil.process_iter() if _mark(process) == home.name]:
+        for process in marked:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(marked, timeout=0.2)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return str(process.environ().get(MARK)) if process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.Error, OSError):
+        return None
+
+
+def relay(process: "subprocess.Popen[str]", log: IO[str]) -> int | None:
+    """Show what a process says to people, until it ends (None) or its app tells how the run ended (0 or 1)."""
+    with tqdm(leave=False, disable=not sys.stderr.isatty(), bar_format="{desc} {bar} {n}/{total}") as bar:
+        for line in process.stdout or ():
+            log.write(line)
+            if line.startswith(PREFIX):
+                bar.clear()
+                print(line.removeprefix(PREFIX), end="", flush=True)
+            elif line.startswith(CONTROL):
+                event = json.loads(line.removeprefix(CONTROL))
+                if "end" in event:
+                    return int(event["end"])
+                bar.n, bar.total = event["progress"]
+                bar.set_description_str(event["doing"])
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- addresses
+
+
+def address(text: str) -> tuple[str, int]:
+    """Split HOST:PORT, where HOST is a name, an IPv4 address or an IPv6 address in brackets."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080")
+    return host, int(port)
+
+
+def free_port() -> int:
+    """Return a port that nothing on this machine listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise LaunchError if the server cannot listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --address") from None
+
+
+def is_up(host: str, port: int) -> bool:
+    """Tell whether a SuperLink answers there, or on this machine for the address that stands for all of its own."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}/health" if ":" in host else f"http://{host}:{port}/health"
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------- the server
+
+
+def host_run(host: str, port: int, run_config: dict[str, object], simulated_clients: int = 0) -> int:
+    """Run the app in this folder on a SuperLink of its own and return the exit status: 0, or 1 if it failed.
+
+    With `simulated_clients`, Flower's Simulation Engine plays that many clients, each on one core.
+    """
+    if simulated_clients:
+        host, port = "127.0.0.1", free_port()
+    check_free(host, port)
+    with session() as ours:
+        superlink = ours.start(
+            "flower-superlink", "--insecure", "--host", host, "--port", str(port),
+            "--disable-runtime-dependency-installation", *(["--simulation"] if simulated_clients else []),
+        )  # fmt: skip
+        Thread(target=relay, args=(superlink, ours.log), daemon=True).start()
+        while not is_up(host, port):
+            if superlink.poll() is not None:
+                raise LaunchError(f"the SuperLink did not start: {ours.last_error()}")
+            time.sleep(0.1)
+        status = relay(submit(ours, host, port, run_config, simulated_clients), ours.log)
+        if status is None:
+            raise LaunchError(f"the run broke off: {ours.last_error()}")
+        return status
+
+
+def submit(ours: Session, host: str, port: int, run_config: dict[str, object], simulated_clients: int) -> "subprocess.Popen[str]":
+    """Start the run and return a process that lasts as long as it does, and prints what its ServerApp prints."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
+    overrides = ours.home / "run-config.toml"
+    overrides.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()), "utf-8")
+    command = ["flwr", "run", str(ROOT), "ours", "--stream", "--run-config", str(overrides)]
+    if simulated_clients:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        command += [
+            "--federation-config", f"num-supernodes={simulated_clients} client-resources-num-cpus=1 "
+            f"init-args-num-cpus={min(cores, simulated_clients)} init-args-log-to-driver=false",
+        ]  # fmt: skip
+    return ours.start(*command)
+
+
+# ----------------------------------------------------------------------------------------------------- the client
+
+
+def join_run(host: str, port: int, wait: float, node_config: dict[str, object], threads: int | None) -> int:
+    """Run a SuperNode until its run has ended and return the exit status.
+
+    Waits up to `wait` seconds for the server, at the start and whenever it goes away. Raises LaunchError after that.
+    """
+    with place_on_host() as name:
+        environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+        with session(**environment) as ours:
+            settings = " ".join(f"{key}={json.dumps(value)}" for key, value in (node_config | {"name": name}).items())
+            while True:
+                wait_for_server(host, port, wait)
+                supernode = ours.start(
+                    "flower-supernode", "--insecure", "--superlink", f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+                    "--max-wait-time", "10", "--port", str(free_port()), "--node-config", settings,
+                )  # fmt: skip
+                status = relay(supernode, ours.log)
+                if status is not None:
+                    with suppress(subprocess.TimeoutExpired):
+                        supernode.wait(2 * status)  # lets it deliver the reason of a failure
+                    return status
+                if is_up(host, port):
+                    raise LaunchError(f"the server at {host}:{port} turned this client away: {ours.last_error()}")
+                print(f"lost the server at {host}:{port}", flush=True)
+
+
+def wait_for_server(host: str, port: int, wait: float) -> None:
+    """Return once a server answers. Raises LaunchError after `wait` seconds."""
+    deadline = time.monotonic() + wait
+    if not is_up(host, port):
+        print(f"waiting for a server at {host}:{port} (up to {wait:g} s)", flush=True)
+    while not is_up(host, port):
+        if time.monotonic() > deadline:
+            raise LaunchError(f"no server at {host}:{port} within {wait:g} s; is it running, and is --server right?")
+        time.sleep(0.5)
+
+
+@contextmanager
+def place_on_host() -> Iterator[str]:
+    """Hold the lowest free place among the clients on this host; its name is the same after a restart."""
+    folder = Path(tempfile.gettempdir()) / f"federation-clients-{os.getuid() if hasattr(os, 'getuid') else 0}"
+    folder.mkdir(exist_ok=True)
+    place = 0
+    while True:
+        try:
+            with filelock.FileLock(folder / f"{place}.lock", timeout=0):
+                yield f"{socket.gethostname()}/{place}"
+                return
+        except filelock.Timeout:
+            place += 1
+
+
+def share_cores() -> None:
+    """Give this process its share of the cores, before a framework is imported: one of C clients here gets 1/C.
+
+    Frameworks take all cores by default, and clients that share a host then slow each other down several times.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        clients = sum("flower-supernode" in " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // max(1, clients)))
+
+
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))

@@ -1,0 +1,191 @@
+"""Who takes part: clients join, get a partition each, are asked, answer, and leave."""
+
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from federation import partition, weights
+from federation.config import Config
+from federation.console import reason, say, tell
+from federation.task import data_digest
+
+POLL = 0.25  # seconds between two looks for replies: shorter ones take cores from the clients
+PRESENCE = 2.0  # seconds between two looks at who is still there
+
+
+@dataclass
+class Client:
+    """A client that has joined. `position` is its partition, or for one with data of its own, its number."""
+
+    node: int
+    name: str
+    position: int
+    rows: ArrayRecord | None
+    informed: bool = False  # it has confirmed a message that told it its rows
+
+
+class Roster:
+    """The clients of a run. To a strategy it looks like Flower's Grid, with the clients in order of partition."""
+
+    def __init__(self, grid: Grid, config: Config, root: str, data: Any) -> None:
+        self.grid, self.config, self.root = grid, config, root
+        self.digest = data_digest(data)
+        self.samples = {"train": len(data[0][1]), "test": len(data[1][1])}
+        self.partitions = 0  # how many there are: the first client to join settles it
+        self.clients: dict[int, Client] = {}  # by node
+        self.joining: dict[str, int] = {}  # message id: node
+        self.met: set[int] = set()
+        self.dropped = self.bytes_down = self.bytes_up = 0
+
+    # ------------------------------------------------------------------------------------------------------ joining
+
+    def wait_for(self, count: int) -> None:
+        """Return once `count` clients are present; greet those that come on the way."""
+        self.greet()
+        if len(self.present()) < count:
+            say(f"waiting for {count} clients, {len(self.present())} here: start each with  python client.py")
+        while len(self.present()) < count or self.joining:
+            time.sleep(POLL)
+            self.greet()
+
+    def greet(self) -> None:
+        """Ask nodes that are new to introduce themselves, and seat those that have."""
+        strangers = set(self.grid.get_node_ids()) - self.met
+        self.met |= strangers
+        hello = [Message(RecordDict({"client": ConfigRecord({"data": self.root})}), node, f"{MessageType.QUERY}.join", group_id="join") for node in strangers]
+        if hello:
+            self.joining |= zip(self.grid.push_messages(hello), strangers, strict=True)
+        for reply in self.grid.pull_messages(list(self.joining)) if self.joining else ():
+            self.seat(self.joining.pop(reply.metadata.reply_to_message_id), reply)
+        online = set(self.grid.get_node_ids()) if self.joining else set()
+        self.joining = {message: node for message, node in self.joining.items() if node in online}
+
+    def seat(self, node: int, reply: Message) -> None:
+        """Give a new client its place, or send it away."""
+        if reply.has_error():
+            say(f"a client could not join: {reason(reply.error.reason)}")
+            return
+        facts = dict(reply.content.config_records["client"])
+        name, copy = str(facts["name"]), facts["data"] == self.digest
+        try:
+            position = self.place(name, int(facts["partition-id"]), int(facts["num-partitions"]), copy)
+            rows = self.rows_of(position) if copy else None
+        except ValueError as error:
+            say(f"{name} may not join: {error}")
+            self.send_away(str(error), node)
+            return
+        self.clients = {n: client for n, client in self.clients.items() if client.position != position}
+        self.clients[node] = Client(node, name, position, rows)
+        share = f"{len(rows['train'].numpy()):,} samples of {self.samples['train']:,}" if rows else "data of its own"
+        say(f"client {position} joined{' from ' * bool(name)}{name}: {share}")
+
+    def place(self, name: str, wanted: int, partitions: int, copy: bool) -> int:
+        """Return the partition of a client: its old one, the one it wants, or the first that is free."""
+        taken = {client.position: client.name for client in self.clients.values()}
+        self.partitions = self.partitions or partitions or int(self.config["num-clients"])
+        present = {client.position for client in self.present()}
+        if wanted >= 0:
+            if partitions != self.partitions:
+                raise ValueError(f"it counts {partitions} partitions, but this run has {self.partitions}")
+            if wanted in present and not (name and taken[wanted] == name):
+                raise ValueError(f"partition {wanted} is taken by {taken[wanted]}")
+            return wanted
+        if old := [position for position, owner in taken.items() if name and owner == name]:
+            return old[0]
+        places = range(self.partitions if copy else 10**6)
+        free = [p for p in places if p not in taken] or [p for p in places if p not in present]
+        if not free:
+            raise ValueError(f"all {self.partitions} partitions are taken; start the server with more --clients")
+        return free[0]
+
+    def rows_of(self, position: int) -> ArrayRecord:
+        seed = int(self.config["seed"])
+        parts = {split: partition.iid(count, self.partitions, seed) for split, count in self.samples.items()}
+        return ArrayRecord({split: Array(part[position]) for split, part in parts.items()})
+
+    # -------------------------------------------------------------------------------------------------- as a Grid
+
+    def present(self) -> list[Client]:
+        """Return the clients that are online, by partition."""
+        online = set(self.grid.get_node_ids())
+        return sorted((c for c in self.clients.values() if c.node in online), key=lambda client: client.position)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the nodes to sample from. Sampling depends on partitions alone, for node ids differ between runs."""
+        return [client.node for client in self.present()]
+
+    def ask(self, messages: Iterable[Message], doing: str) -> list[Message]:
+        """Send `messages` and return the good replies, in order of partition, whatever order they came in.
+
+        Waits for `round-timeout` seconds at most, and not for clients that have gone.
+        """
+        addressed = [self.address(message) for message in messages]
+        pending = dict(zip(self.grid.push_messages(addressed), (m.metadata.dst_node_id for m in addressed), strict=True))
+        total, replies = len(pending), dict[int, Message]()
+        deadline, look = time.monotonic() + float(self.config["round-timeout"]), 0.0
+        while pending and time.monotonic() < deadline:
+            tell(progress=(total - len(pending), total), doing=doing)
+            for reply in self.grid.pull_messages(list(pending)):
+                node = pending.pop(reply.metadata.reply_to_message_id)
+                self.take(node, reply, replies)
+            if time.monotonic() > look:
+                look = time.monotonic() + PRESENCE
+                online = set(self.grid.get_node_ids())
+                for message_id in [m for m, node in pending.items() if node not in online]:
+                    self.drop(pending.pop(message_id), "it has left")
+            time.sleep(POLL if pending else 0)
+        for node in pending.values():
+            self.drop(node, f"no reply within {self.config['round-timeout']} s")
+        return [replies[position] for position in sorted(replies)]
+
+    def address(self, message: Message) -> Message:
+        """Add to a strategy's message what differs from client to client."""
+        client = self.clients[message.metadata.dst_node_id]
+        content = RecordDict(dict(message.content))
+        content["client"] = ConfigRecord({"position": client.position, "data": self.root})
+        if client.rows and not client.informed:
+            content["rows"] = client.rows
+        self.bytes_down += sum(weights.size(arrays) for arrays in content.array_records.values())
+        return Message(content, client.node, message.metadata.message_type, group_id=message.metadata.group_id)
+
+    def take(self, node: int, reply: Message, replies: dict[int, Message]) -> None:
+        if reply.has_error():
+            self.drop(node, reason(reply.error.reason))
+            return
+        client = self.clients[node]
+        client.informed = True
+        self.bytes_up += sum(weights.size(arrays) for arrays in reply.content.array_records.values())
+        replies[client.position] = reply
+
+    def drop(self, node: int, why: str) -> None:
+        self.dropped += 1
+        client = self.clients[node]
+        say(f"client {client.position} ({client.name}) is left out: {why}")
+
+    # ------------------------------------------------------------------------------------------------------ leaving
+
+    def tally(self) -> dict[str, int]:
+        """Return, and set back to zero, what has been counted since the last call."""
+        counts = {"dropped": self.dropped, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+        self.dropped = self.bytes_down = self.bytes_up = 0
+        return counts
+
+    def send_away(self, error: str = "", node: int | None = None) -> None:
+        """Tell all clients, or one, that they are done, well ("") or not; wait until those of client.py have gone."""
+        nodes = [n for n, client in self.clients.items() if client.name] if node is None else [node]
+        goodbye = RecordDict({"goodbye": ConfigRecord({"error": error})})
+        nodes = list(set(nodes) & set(self.grid.get_node_ids()))
+        self.grid.push_messages([Message(goodbye, node, f"{MessageType.QUERY}.leave", group_id="leave") for node in nodes])
+        deadline = time.monotonic() + 15
+        while set(nodes) & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
+            time.sleep(POLL)
+
+
+def seed_sampling(seed: int, server_round: int) -> None:
+    """Make the strategy's choice of clients a function of seed and round: it draws from Python's generator."""
+    random.seed(f"{seed} {server_round}")

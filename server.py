@@ -1,0 +1,116 @@
+"""Federate cifar.py, or any other task, without changing a line of it: the server.
+
+    python server.py                                     # waits for two clients, trains three rounds
+    python server.py --clients 4 --rounds 10 --data DIR
+    python server.py --simulate 10                       # ten clients on this machine, no further terminal
+
+`main` is Federated Averaging (McMahan et al. 2017, algorithm 1) by means of Flower's FedAvg: in every round the clients
+train the global model on their own data, and the mean of their models, weighted by sample numbers, is the next one.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from federation import launch, weights
+from federation.config import checked, parse
+from federation.console import explained_run, reason
+from federation.report import Report, mark_failed
+from federation.roster import Roster, seed_sampling
+from federation.task import find_data, initial_net, load_task
+
+app = ServerApp()
+
+
+@app.main()
+@explained_run
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation. Flower calls this when a run has started."""
+    config = checked(context.run_config)
+    task = load_task(config["task"])
+    root = find_data(task, config["data"])
+    data = task.load_data(root or None)
+    net = initial_net(task, config["seed"])
+    arrays = weights.from_net(net)
+    report = Report(config, root, data)
+    clients = Roster(grid, config, root, data)
+    strategy = FedAvg(
+        fraction_train=config["fraction-train"], fraction_evaluate=config["fraction-evaluate"],
+        min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1,
+    )  # fmt: skip
+
+    def test(arrays: ArrayRecord) -> dict[str, float]:
+        weights.to_net(arrays, net)
+        loss, accuracy = task.test(net, data[1])
+        return {"server_loss": loss, "server_accuracy": accuracy}
+
+    try:
+        report.round(round=0, **test(arrays))
+        clients.wait_for(config["num-clients"])
+        for server_round in range(1, config["num-server-rounds"] + 1):
+            seed_sampling(config["seed"], server_round)
+            arrays, results = play_round(server_round, arrays, strategy, clients)
+            report.round(round=server_round, **results, **test(arrays))
+        report.finish(arrays, net)
+    except Exception as error:
+        report.fail()
+        clients.send_away(reason(error))
+        raise
+    clients.send_away()
+
+
+def play_round(
+    server_round: int, arrays: ArrayRecord, strategy: Strategy, clients: Roster
+) -> tuple[ArrayRecord, dict[str, Any]]:
+    """Let clients train the global model and test the outcome; return it, and what they report."""
+    clients.wait_for(1)
+    replies = clients.ask(strategy.configure_train(server_round, arrays, ConfigRecord(), clients), "training")
+    new_arrays, training = strategy.aggregate_train(server_round, replies)
+    if new_arrays is None or training is None:
+        raise RuntimeError(f"round {server_round}: no client returned a model")
+    answers = clients.ask(strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients), "testing")
+    testing = strategy.aggregate_evaluate(server_round, answers) or {}
+    return new_arrays, {
+        "train_loss": training["train-loss"],
+        "clients_loss": testing.get("loss"),
+        "clients_accuracy": testing.get("accuracy"),
+        "clients": len(replies),
+        **clients.tally(),
+    }
+
+
+def command() -> int:
+    """Read the command line and host the run; return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, metavar="N", dest="num-server-rounds")
+    parser.add_argument("--clients", type=int, metavar="N", dest="num-clients", help="how many to wait for")
+    parser.add_argument("--task", metavar="MODULE", help="what to federate (default: cifar)")
+    parser.add_argument("--data", metavar="DIR", help="the data folder, as in cifar.py")
+    parser.add_argument("--out", metavar="DIR", help="the run folder (default: runs/federated)")
+    parser.add_argument("--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="as for flwr run")
+    parser.add_argument("--simulate", type=int, metavar="N", help="play N clients on this machine")
+    parser.add_argument("--address", default="127.0.0.1:8080", type=launch.address, metavar="HOST:PORT")
+    args = vars(parser.parse_args())
+    simulate, (host, port) = args.pop("simulate"), args.pop("address")
+    try:
+        overrides = {key: value for text in args.pop("run_config") for key, value in parse(text).items()}
+        overrides |= {key: value for key, value in args.items() if value is not None}
+        config = checked(overrides | ({} if simulate is None else {"num-clients": simulate}))
+    except ValueError as error:
+        parser.error(str(error))
+    task = load_task(config["task"])
+    config["data"] = find_data(task, config["data"])
+    task.load_data(config["data"] or None)  # here rather than in the run, so that errors and progress show at once
+    config["out"] = str(Path(config["out"]).expanduser().absolute())
+    try:
+        return launch.host_run(host, port, config, simulate or 0)
+    finally:
+        mark_failed(Path(config["out"]))
+
+
+if __name__ == "__main__":
+    launch.run_command(command)
