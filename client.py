@@ -27,11 +27,11 @@ app = ClientApp()
 @explained
 def train(message: Message, context: Context) -> Message:
     """Train the global model on this client's training samples."""
-    started, config = time.perf_counter(), context.run_config
-    task, data = open_task(message, context)
+    config, task = context.run_config, open_task(context)
+    started = time.perf_counter()
+    x, y = own_samples("train", task, message, context)
     net = task.Net()
     weights.to_net(message.content["arrays"], net)
-    x, y = own_rows(data[0], "train", message, context)
     server_round, position = message.content["config"]["server-round"], message.content["client"]["position"]
     loss = task.train(
         net,
@@ -51,11 +51,11 @@ def train(message: Message, context: Context) -> Message:
 @explained
 def evaluate(message: Message, context: Context) -> Message:
     """Test the global model on this client's test samples."""
+    task = open_task(context)
     started = time.perf_counter()
-    task, data = open_task(message, context)
+    x, y = own_samples("test", task, message, context)
     net = task.Net()
     weights.to_net(message.content["arrays"], net)
-    x, y = own_rows(data[1], "test", message, context)
     loss, accuracy = task.test(net, (x, y))
     seconds = time.perf_counter() - started
     say(f"round {message.content['config']['server-round']}: tested on {len(y):,} samples, accuracy {accuracy:.4f}")
@@ -67,13 +67,12 @@ def evaluate(message: Message, context: Context) -> Message:
 @explained
 def join(message: Message, context: Context) -> Message:
     """Tell the server who this is, which partition it wants (-1: any), and which data it has."""
-    task, data = open_task(message, context)
     node = context.node_config
     facts = {
         "name": node.get("name", ""),
         "partition-id": node.get("partition-id", -1),
         "num-partitions": node.get("num-partitions", 0),
-        "data": data_digest(data),
+        "data": data_digest(load_data(open_task(context), message, context)),
     }
     return answer(message, client=ConfigRecord(facts))
 
@@ -88,18 +87,23 @@ def leave(message: Message, context: Context) -> Message:
     return answer(message)
 
 
-def open_task(message: Message, context: Context) -> tuple[ModuleType, Any]:
-    """Return the task and its whole data set: this client's own, or else the one that the server names."""
+def open_task(context: Context) -> ModuleType:
+    """Import the task, with this client's share of the cores."""
     launch.share_cores()
-    task = load_task(str(context.run_config["task"]))
-    return task, task.load_data(context.node_config.get("data") or message.content["client"]["data"] or None)
+    return load_task(str(context.run_config["task"]))
 
 
-def own_rows(data: Any, split: str, message: Message, context: Context) -> tuple[Any, Any]:
-    """Return the samples of a split that are this client's. The server names them once; Flower keeps them for us."""
+def load_data(task: ModuleType, message: Message, context: Context) -> Any:
+    """Return the whole data set: this client's own, or else the one that the server names."""
+    return task.load_data(context.node_config.get("data") or message.content["client"]["data"] or None)
+
+
+def own_samples(split: str, task: ModuleType, message: Message, context: Context) -> tuple[Any, Any]:
+    """Return this client's samples of a split. The server names their rows once; Flower keeps the state for us."""
     if "rows" in message.content:
         context.state["rows"] = message.content["rows"]
-    x, y = data
+    train_data, test_data = load_data(task, message, context)
+    x, y = train_data if split == "train" else test_data
     if "rows" not in context.state:
         return x, y
     rows = context.state["rows"][split].numpy()

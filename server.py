@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
@@ -79,8 +79,14 @@ def play_round(
         "clients_loss": testing.get("loss"),
         "clients_accuracy": testing.get("accuracy"),
         "clients": len(replies),
+        "client_seconds": slowest(replies) + slowest(answers),
         **clients.tally(),
     }
+
+
+def slowest(replies: list[Message]) -> float:
+    """Return the seconds that the slowest client worked on its reply, from reading its data on."""
+    return max((reply.content["metrics"]["seconds"] for reply in replies), default=0.0)
 
 
 def command() -> int:

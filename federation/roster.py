@@ -48,7 +48,7 @@ class Roster:
         """Return once `count` clients are present; greet those that come on the way."""
         self.greet()
         if len(self.present()) < count:
-            say(f"waiting for {count} clients, {len(self.present())} here: start each with  python client.py")
+            say(f"waiting for {count} clients, {len(self.present())} here")
         while len(self.present()) < count or self.joining:
             time.sleep(POLL)
             self.greet()
