@@ -224,7 +224,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--data", metavar="DIR", help="images in DIR/train/<class>/ and DIR/test/<class>/, or CIFAR-10")
     parser.add_argument("--epochs", type=number(int, 1), default=5, metavar="N")
     parser.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N")
@@ -233,13 +233,16 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/centralized"), metavar="DIR", help="for model.pt")
     args = parser.parse_args()
-
+    try:
+        pick_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         run(args)
     except (ValueError, OSError) as error:
         sys.exit(f"cifar.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("cifar.py: stopped")
+        sys.exit(f"cifar.py: stopped; the last finished epoch is in {args.out}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -272,7 +275,7 @@ def number(kind: Callable[[str], float], least: float) -> Callable[[str], float]
 
     def parse(text: str) -> float:
         if not least <= (value := kind(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {least} is needed")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {least} is the least")
         return value
 
     parse.__name__ = kind.__name__

@@ -9,6 +9,7 @@ own `train`, `evaluate` its `test`, on the samples that are this client's.
 
 import argparse
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,6 +73,7 @@ def join(message: Message, context: Context) -> Message:
         "name": node.get("name", ""),
         "partition-id": node.get("partition-id", -1),
         "num-partitions": node.get("num-partitions", 0),
+        "flwr": version("flwr"),
         "data": data_digest(load_data(open_task(context), message, context)),
     }
     return answer(message, client=ConfigRecord(facts))
@@ -116,7 +118,7 @@ def answer(message: Message, **records: Any) -> Message:
 
 def command() -> int:
     """Read the command line and join a run; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--server", default="127.0.0.1:8080", metavar="HOST:PORT", type=launch.address)
     parser.add_argument("--data", metavar="DIR", help="this client's data (default: where the server has them)")
     parser.add_argument("--partition-id", type=int, metavar="I", help="take this partition (default: a free one)")

@@ -91,7 +91,7 @@ def slowest(replies: list[Message]) -> float:
 
 def command() -> int:
     """Read the command line and host the run; return its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--rounds", type=int, metavar="N", dest="num-server-rounds")
     parser.add_argument("--clients", type=int, metavar="N", dest="num-clients", help="how many to wait for")
     parser.add_argument("--task", metavar="MODULE", help="what to federate (default: cifar)")
@@ -99,21 +99,23 @@ def command() -> int:
     parser.add_argument("--out", metavar="DIR", help="the run folder (default: runs/federated)")
     parser.add_argument("--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="as for flwr run")
     parser.add_argument("--simulate", type=int, metavar="N", help="play N clients on this machine")
-    parser.add_argument("--address", default="127.0.0.1:8080", type=launch.address, metavar="HOST:PORT")
+    parser.add_argument("--address", type=launch.address, metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")
     args = vars(parser.parse_args())
-    simulate, (host, port) = args.pop("simulate"), args.pop("address")
+    simulate, address = args.pop("simulate"), args.pop("address")
+    if simulate is not None and (address or args["num-clients"]):
+        parser.error("--simulate N plays all clients here: it goes with neither --clients nor --address")
     try:
         overrides = {key: value for text in args.pop("run_config") for key, value in parse(text).items()}
         overrides |= {key: value for key, value in args.items() if value is not None}
         config = checked(overrides | ({} if simulate is None else {"num-clients": simulate}))
     except ValueError as error:
         parser.error(str(error))
+    config["out"] = launch.writable(config["out"])
     task = load_task(config["task"])
     config["data"] = find_data(task, config["data"])
     task.load_data(config["data"] or None)  # here rather than in the run, so that errors and progress show at once
-    config["out"] = str(Path(config["out"]).expanduser().absolute())
     try:
-        return launch.host_run(host, port, config, simulate or 0)
+        return launch.host_run(address or ("127.0.0.1", 8080), config, simulate or 0)
     finally:
         mark_failed(Path(config["out"]))
 

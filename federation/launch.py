@@ -26,6 +26,7 @@ import filelock
 import psutil
 from tqdm import tqdm
 
+from federation.config import Config
 from federation.console import CONTROL, PREFIX
 
 MARK = "FEDERATION_SESSION"
@@ -38,7 +39,7 @@ class LaunchError(Exception):
 
 def run_command(command: Callable[[], int]) -> None:
     """Run a program and exit with its status, with 1 and one line if it fails, with 130 after Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     name = Path(sys.argv[0]).name
     try:
         sys.exit(command())
@@ -49,21 +50,33 @@ def run_command(command: Callable[[], int]) -> None:
         sys.exit(130)
 
 
+def writable(folder: str) -> str:
+    """Make `folder` and return its absolute path. Raises LaunchError where nothing can be written."""
+    path = Path(folder).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise LaunchError(f"cannot write to the run folder {path}: {error.strerror}; choose another --out") from None
+    return str(path)
+
+
 # ------------------------------------------------------------------------------------------------------ sessions
 
 
 class Session:
     """The processes of one server or client, their private FLWR_HOME and their log."""
 
-    def __init__(self, home: Path, **environment: str) -> None:
+    def __init__(self, home: Path, log: Path, **environment: str) -> None:
         self.home = home
         self.processes: list[subprocess.Popen[str]] = []
-        self.log = (home / "log.txt").open("w+", encoding="utf-8", buffering=1)
+        self.log = log.open("w+", encoding="utf-8", buffering=1)
         self.environment = os.environ | environment | {
             MARK: home.name,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "PYTHONUNBUFFERED": "1",
             "FLWR_HOME": str(home),
+            "RAY_TMPDIR": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # the default of 1 s delays every message
@@ -89,19 +102,21 @@ class Session:
         self.log.seek(0)
         lines = [re.sub(r"\x1b\[\d*m", "", line).strip(" │\n") for line in self.log]
         lines = [line for line in lines if line and line[0] not in "╭╰"]
-        errors = [line for line in lines if re.match(r"ERROR|.*(mismatch|Error:)", line)]
-        return (errors or lines or ["it printed nothing"])[-1]
+        errors = [line for line in lines if re.search(r"\w(Error|Exception)\b", line)]
+        errors = errors or [line for line in lines if line.startswith("ERROR")]
+        return f"{(errors or lines or ['it printed nothing'])[-1]} (all is in {self.log.name})"
 
 
 @contextmanager
-def session(**environment: str) -> Iterator[Session]:
+def session(log: Path, **environment: str) -> Iterator[Session]:
     """Open a Session; when it closes, every process of it is dead and its FLWR_HOME is gone."""
-    home = Path(tempfile.mkdtemp(prefix="federation-"))
+    short = len(tempfile.gettempdir()) < 20 or os.name == "nt"  # Ray puts sockets in it: their paths may have 107 bytes
+    home = Path(tempfile.mkdtemp(prefix="federation-", dir=None if short else "/tmp"))
     guard = subprocess.Popen(
         [sys.executable, "-m", "federation.launch", str(home)],
         cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    ours = Session(home, **environment)
+    ours = Session(home, log, **environment)
     try:
         yield ours
     finally:
@@ -186,15 +201,14 @@ def is_up(host: str, port: int) -> bool:
 # ----------------------------------------------------------------------------------------------------- the server
 
 
-def host_run(host: str, port: int, run_config: dict[str, object], simulated_clients: int = 0) -> int:
+def host_run(address: tuple[str, int], run_config: Config, simulated_clients: int = 0) -> int:
     """Run the app in this folder on a SuperLink of its own and return the exit status: 0, or 1 if it failed.
 
     With `simulated_clients`, Flower's Simulation Engine plays that many clients, each on one core.
     """
-    if simulated_clients:
-        host, port = "127.0.0.1", free_port()
+    host, port = ("127.0.0.1", free_port()) if simulated_clients else address
     check_free(host, port)
-    with session() as ours:
+    with session(Path(str(run_config["out"])) / "log.txt") as ours:
         superlink = ours.start(
             "flower-superlink", "--insecure", "--host", host, "--port", str(port),
             "--disable-runtime-dependency-installation", *(["--simulation"] if simulated_clients else []),
@@ -210,7 +224,7 @@ def host_run(host: str, port: int, run_config: dict[str, object], simulated_clie
         return status
 
 
-def submit(ours: Session, host: str, port: int, run_config: dict[str, object], simulated_clients: int) -> "subprocess.Popen[str]":
+def submit(ours: Session, host: str, port: int, run_config: Config, simulated_clients: int) -> "subprocess.Popen[str]":
     """Start the run and return a process that lasts as long as it does, and prints what its ServerApp prints."""
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
@@ -229,14 +243,14 @@ def submit(ours: Session, host: str, port: int, run_config: dict[str, object], s
 # ----------------------------------------------------------------------------------------------------- the client
 
 
-def join_run(host: str, port: int, wait: float, node_config: dict[str, object], threads: int | None) -> int:
+def join_run(host: str, port: int, wait: float, node_config: Config, threads: int | None) -> int:
     """Run a SuperNode until its run has ended and return the exit status.
 
     Waits up to `wait` seconds for the server, at the start and whenever it goes away. Raises LaunchError after that.
     """
-    with place_on_host() as name:
+    with place_on_host() as (name, log):
         environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-        with session(**environment) as ours:
+        with session(log, **environment) as ours:
             settings = " ".join(f"{key}={json.dumps(value)}" for key, value in (node_config | {"name": name}).items())
             while True:
                 wait_for_server(host, port, wait)
@@ -266,15 +280,15 @@ def wait_for_server(host: str, port: int, wait: float) -> None:
 
 
 @contextmanager
-def place_on_host() -> Iterator[str]:
-    """Hold the lowest free place among the clients on this host; its name is the same after a restart."""
+def place_on_host() -> Iterator[tuple[str, Path]]:
+    """Hold the lowest free place among the clients on this host: a name, the same after a restart, and a log file."""
     folder = Path(tempfile.gettempdir()) / f"federation-clients-{os.getuid() if hasattr(os, 'getuid') else 0}"
     folder.mkdir(exist_ok=True)
     place = 0
     while True:
         try:
             with filelock.FileLock(folder / f"{place}.lock", timeout=0):
-                yield f"{socket.gethostname()}/{place}"
+                yield f"{socket.gethostname()}/{place}", folder / f"{place}.log"
                 return
         except filelock.Timeout:
             place += 1

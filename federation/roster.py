@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -36,6 +37,8 @@ class Roster:
         self.grid, self.config, self.root = grid, config, root
         self.digest = data_digest(data)
         self.samples = {"train": len(data[0][1]), "test": len(data[1][1])}
+        if (least := min(self.samples.values())) < int(config["num-clients"]):
+            raise ValueError(f"{least} samples cannot be split among {config['num-clients']} clients")
         self.partitions = 0  # how many there are: the first client to join settles it
         self.clients: dict[int, Client] = {}  # by node
         self.joining: dict[str, int] = {}  # message id: node
@@ -50,7 +53,7 @@ class Roster:
         if len(self.present()) < count:
             say(f"waiting for {count} clients, {len(self.present())} here")
         while len(self.present()) < count or self.joining:
-            time.sleep(POLL)
+            time.sleep(2 * POLL)
             self.greet()
 
     def greet(self) -> None:
@@ -73,6 +76,7 @@ class Roster:
         facts = dict(reply.content.config_records["client"])
         name, copy = str(facts["name"]), facts["data"] == self.digest
         try:
+            check_version(str(facts["flwr"]))
             position = self.place(name, int(facts["partition-id"]), int(facts["num-partitions"]), copy)
             rows = self.rows_of(position) if copy else None
         except ValueError as error:
@@ -184,6 +188,13 @@ class Roster:
         deadline = time.monotonic() + 15
         while set(nodes) & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)
+
+
+def check_version(theirs: str) -> None:
+    """Raise ValueError unless a client runs the same minor release of Flower: others may speak another protocol."""
+    ours = version("flwr")
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise ValueError(f"it runs Flower {theirs}, the server {ours}; install flwr=={ours} there")
 
 
 def seed_sampling(seed: int, server_round: int) -> None:

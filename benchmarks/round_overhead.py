@@ -1,0 +1,58 @@
+"""How long does a round take beyond the clients' own work? In terminals mode: a SuperLink and two SuperNodes.
+
+    python benchmarks/round_overhead.py [--rounds 4] [--repeats 1]
+
+- ours: `python server.py` and twice `python client.py` on the embedded data. Overhead is a round's time less the work
+  of its slowest client, counted from where that has imported what it needs; the server's own test counts as overhead;
+- idle: the app in idle_app/, whose clients import torch, do nothing and send back as much, on the same engine with the
+  same environment, Flower's own loop and its own waits. Its rounds are overhead altogether.
+
+Both without round 1, in which the server waits for its clients. Bound: ours takes at most 1.1 times as long.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from harness import federate, launch, run_app
+
+import cifar
+
+IDLE_APP = Path(__file__).resolve().parent / "idle_app"
+CLIENTS = 2
+BOUND = 1.1
+
+
+def ours(rounds: int) -> list[float]:
+    metrics, _ = federate("--data", cifar.EMBEDDED, "--rounds", str(rounds), clients=CLIENTS)
+    return [row["seconds"] - row["client_seconds"] for row in metrics["rounds"] if row["round"] > 1]
+
+
+def idle(rounds: int) -> list[float]:
+    result, _ = run_app(IDLE_APP, {"num-server-rounds": rounds}, supernodes=CLIENTS)
+    return result["seconds"][1:]
+
+
+def show(name: str, seconds: list[float]) -> None:
+    median, each = statistics.median(seconds), " ".join(f"{second:.2f}" for second in seconds)
+    print(f"{name:5} {median:6.2f} s per round, the median of {each}", flush=True)
+
+
+def command() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=cifar.number(int, 2), default=4, metavar="R")
+    parser.add_argument("--repeats", type=cifar.number(int, 1), default=1, metavar="N")
+    args = parser.parse_args()
+    own, other = [], []
+    for _ in range(args.repeats):
+        own += ours(args.rounds)
+        show("ours", own)
+        other += idle(args.rounds)
+        show("idle", other)
+    ratio = statistics.median(own) / statistics.median(other)
+    print(f"ours / idle: {ratio:.2f} (bound: at most {BOUND})")
+    return 0
+
+
+if __name__ == "__main__":
+    launch.run_command(command)

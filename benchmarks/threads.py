@@ -1,0 +1,109 @@
+"""What do threads do to clients that share a machine? Samples per second of cifar.train, in processes side by side.
+
+    python benchmarks/threads.py [--data DIR] [--repeats 3]
+    python benchmarks/threads.py --data DIR --federated [--rounds 3]
+
+- alone: one process with one thread;
+- one each: two processes with one thread each, which is what two clients on two cores get;
+- default: two processes with as many threads each as torch takes by itself, the trap.
+
+With --federated, the lone process is compared with the real thing: `python server.py` and twice `python client.py`,
+by the samples per second that the clients print. Those include opening the data. Bound: at least 0.7 of the lone one.
+Of two processes the slower one counts, since it is what a round waits for. Each trains on half of the training set.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+from harness import federate, launch
+
+import cifar
+
+CLIENTS = 2
+BOUND = 0.7
+WAYS = {"alone": (1, 1), "one each": (CLIENTS, 1), "default": (CLIENTS, None)}  # processes, threads of each
+LINE = re.compile(r"round \d+: trained on ([\d,]+) samples, loss .*, ([\d.]+) s")
+
+
+def worker(data: str) -> None:
+    """Get ready to train, wait for a line, train, and print the samples per second."""
+    images, labels = cifar.load_data(data)[0]
+    half = len(labels) // CLIENTS
+    samples = images[:half].clone(), labels[:half].clone()
+    print("ready", flush=True)
+    if sys.stdin.readline():
+        started = time.perf_counter()
+        cifar.train(cifar.Net(), samples, epochs=1)
+        print(half / (time.perf_counter() - started))
+
+
+def measure(data: str, processes: int, threads: int | None) -> float:
+    """Return the samples per second of the slowest of `processes` workers that train side by side."""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--worker", "--data", data], env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(processes)
+    ]  # fmt: skip
+    ready = [worker.stdout.readline() for worker in workers]
+    for worker in workers if all(ready) else ():
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    outputs = [worker.communicate() for worker in workers]
+    if failed := [errors for rate, errors in outputs if not rate]:
+        raise launch.LaunchError(f"a process failed: {(failed[0].splitlines() or ['it printed nothing'])[-1]}")
+    return min(float(rate) for rate, _ in outputs)
+
+
+def side_by_side(data: str, repeats: int) -> None:
+    rates: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(repeats):
+        for name, (processes, threads) in WAYS.items():
+            rates[name].append(measure(data, processes, threads))
+    for name, each in rates.items():
+        ratios = [rate / alone for rate, alone in zip(each, rates["alone"], strict=True)]
+        spread = f"{statistics.median(ratios):.2f} of alone ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name:9} {statistics.median(each):8,.0f} samples/s per process, {spread}")
+
+
+def federated(data: str, rounds: int) -> None:
+    alone = measure(data, *WAYS["alone"])
+    print(f"{'alone':9} {alone:8,.0f} samples/s", flush=True)
+    _, lines = federate("--data", data, "--rounds", str(rounds), clients=CLIENTS)
+    rates = [int(match[1].replace(",", "")) / float(match[2]) for line in lines if (match := LINE.match(line))]
+    if not rates:
+        raise launch.LaunchError("no client printed that it had trained")
+    each = " ".join(f"{rate:,.0f}" for rate in rates)
+    print(f"{'clients':9} {statistics.median(rates):8,.0f} samples/s, the median of {each}")
+    ratio, least = statistics.median(rates) / alone, min(rates) / alone
+    print(f"clients / alone: {ratio:.2f}, the slowest {least:.2f} (bound: at least {BOUND})")
+
+
+def command() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", metavar="DIR", help="as in cifar.py")
+    parser.add_argument("--repeats", type=cifar.number(int, 1), default=3, metavar="N")
+    parser.add_argument("--federated", action="store_true", help="compare with real clients")
+    parser.add_argument("--rounds", type=cifar.number(int, 1), default=3, metavar="R", help="with --federated")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.data)
+        return 0
+    data = cifar.find_data(args.data)
+    samples = len(cifar.load_data(data)[0][1])
+    print(f"{data}: {samples // CLIENTS:,} samples per process, {os.cpu_count()} cores", flush=True)
+    federated(data, args.rounds) if args.federated else side_by_side(data, args.repeats)
+    return 0
+
+
+if __name__ == "__main__":
+    launch.run_command(command)

@@ -1,0 +1,114 @@
+"""Running the project's commands as a user would, in a clean home, and seeing that nothing of them is left behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TAG = "FEDERATION_TEST"
+
+
+class Terminal:
+    """A command that runs in a terminal of its own: what it prints goes to a file, and can be waited for."""
+
+    def __init__(self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
+        self.output = folder / f"{uuid.uuid4().hex[:8]}.txt"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=environment["PWD"], env=environment, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+            )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait(self, timeout: float = 240) -> int:
+        return self.process.wait(timeout)
+
+    def wait_for(self, text: str, timeout: float = 120) -> None:
+        eventually(lambda: text in self.text or self.process.poll() is not None, timeout)
+        assert text in self.text, self.text
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+
+def eventually(condition: Callable[[], object], timeout: float) -> None:
+    """Wait until `condition` holds; fail after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+class Terminals:
+    """All terminals of one test. They share a home folder, and a tag that their processes inherit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tag = folder, uuid.uuid4().hex
+        self.temporary = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
+        self.environment = os.environ | {
+            TAG: self.tag,
+            "HOME": str(folder / "home"),
+            "XDG_CACHE_HOME": str(folder / "home" / "cache"),
+            "TMPDIR": str(self.temporary),
+            "PWD": str(folder),
+            "http_proxy": "http://127.0.0.1:9",  # nothing can be downloaded
+            "https_proxy": "http://127.0.0.1:9",
+            "no_proxy": "127.0.0.1,localhost,::1",
+        }
+        (folder / "home").mkdir()
+
+    def open(self, *arguments: str, **environment: str) -> Terminal:
+        script = (str(ROOT / arguments[0]), *arguments[1:]) if arguments[0].endswith(".py") else arguments
+        return Terminal(script, self.folder, self.environment | environment)
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        """Run a command to its end; return its exit status and output."""
+        terminal = self.open(*arguments, **environment)
+        return terminal.wait(), terminal.text
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all living processes that a command of this test has started, however far down."""
+        return [process for process in psutil.process_iter() if self._is_ours(process)]
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(TAG) == self.tag and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.Error, OSError):
+            return False
+
+    def leftovers(self) -> list[str]:
+        """Return what of the terminals' session folders is left in the temporary folder."""
+        return [path.name for path in self.temporary.glob("federation-*") if "clients" not in path.name]
+
+    def close(self) -> None:
+        for process in self.processes():
+            process.kill()
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+@pytest.fixture
+def terminals(tmp_path: Path) -> Iterator[Terminals]:
+    ours = Terminals(tmp_path)
+    yield ours
+    ours.close()
+
+
+@pytest.fixture(scope="module")
+def module_terminals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminals]:
+    ours = Terminals(tmp_path_factory.mktemp("module"))
+    yield ours
+    ours.close()
