@@ -18,6 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from federation import launch, weights
+from federation.config import checked
 from federation.console import explained, say, tell
 from federation.task import client_seed, data_digest, load_task
 
@@ -28,24 +29,24 @@ app = ClientApp()
 @explained
 def train(message: Message, context: Context) -> Message:
     """Train the global model on this client's training samples."""
-    config, task = context.run_config, open_task(context)
+    config, order, task = checked(context.run_config), instructions(message), open_task(context)
     started = time.perf_counter()
     x, y = own_samples("train", task, message, context)
     net = task.Net()
-    weights.to_net(message.content["arrays"], net)
-    server_round, position = message.content["config"]["server-round"], message.content["client"]["position"]
+    weights.to_net(message.content.array_records["arrays"], net)
+    epochs_before = (order["server-round"] - 1) * config["local-epochs"]
     loss = task.train(
         net,
         (x, y),
         epochs=config["local-epochs"],
         batch_size=config["batch-size"],
-        seed=client_seed(config["seed"], position, (server_round - 1) * config["local-epochs"]),
+        seed=client_seed(config["seed"], order["position"], epochs_before),
         **({"lr": config["learning-rate"]} if config["learning-rate"] else {}),
     )
     seconds = time.perf_counter() - started
-    say(f"round {server_round}: trained on {len(y):,} samples, loss {loss:.4f}, {seconds:.1f} s")
-    metrics = {"num-examples": len(y), "train-loss": float(loss), "seconds": seconds}
-    return answer(message, arrays=weights.from_net(net), metrics=MetricRecord(metrics))
+    say(f"round {order['server-round']}: trained on {len(y):,} samples, loss {loss:.4f}, {seconds:.1f} s")
+    metrics = MetricRecord({"num-examples": len(y), "train-loss": float(loss), "seconds": seconds})
+    return answer(message, arrays=weights.from_net(net), metrics=metrics)
 
 
 @app.evaluate()
@@ -56,12 +57,12 @@ def evaluate(message: Message, context: Context) -> Message:
     started = time.perf_counter()
     x, y = own_samples("test", task, message, context)
     net = task.Net()
-    weights.to_net(message.content["arrays"], net)
+    weights.to_net(message.content.array_records["arrays"], net)
     loss, accuracy = task.test(net, (x, y))
     seconds = time.perf_counter() - started
-    say(f"round {message.content['config']['server-round']}: tested on {len(y):,} samples, accuracy {accuracy:.4f}")
+    say(f"round {instructions(message)['server-round']}: tested on {len(y):,} samples, accuracy {accuracy:.4f}")
     metrics = {"num-examples": len(y), "loss": float(loss), "accuracy": float(accuracy), "seconds": seconds}
-    return answer(message, metrics=MetricRecord(metrics))
+    return answer(message, metrics=MetricRecord({**metrics}))
 
 
 @app.query("join")
@@ -76,28 +77,33 @@ def join(message: Message, context: Context) -> Message:
         "flwr": version("flwr"),
         "data": data_digest(load_data(open_task(context), message, context)),
     }
-    return answer(message, client=ConfigRecord(facts))
+    return answer(message, client=ConfigRecord({**facts}))
 
 
 @app.query("leave")
 @explained
 def leave(message: Message, context: Context) -> Message:
     """Hear from the server that the run is over."""
-    error = message.content["goodbye"]["error"]
+    error = instructions(message)["error"]
     say(f"the server ended the run: {error}" if error else "the run has finished")
     tell(end=1 if error else 0)
     return answer(message)
 
 
+def instructions(message: Message) -> dict[str, Any]:
+    """Return all settings that a message carries, as one dictionary."""
+    return {key: value for record in message.content.config_records.values() for key, value in record.items()}
+
+
 def open_task(context: Context) -> ModuleType:
     """Import the task, with this client's share of the cores."""
     launch.share_cores()
-    return load_task(str(context.run_config["task"]))
+    return load_task(checked(context.run_config)["task"])
 
 
 def load_data(task: ModuleType, message: Message, context: Context) -> Any:
     """Return the whole data set: this client's own, or else the one that the server names."""
-    return task.load_data(context.node_config.get("data") or message.content["client"]["data"] or None)
+    return task.load_data(context.node_config.get("data") or instructions(message)["data"] or None)
 
 
 def own_samples(split: str, task: ModuleType, message: Message, context: Context) -> tuple[Any, Any]:
@@ -108,7 +114,7 @@ def own_samples(split: str, task: ModuleType, message: Message, context: Context
     x, y = train_data if split == "train" else test_data
     if "rows" not in context.state:
         return x, y
-    rows = context.state["rows"][split].numpy()
+    rows = context.state.array_records["rows"][split].numpy()
     return x[rows], y[rows]
 
 
@@ -135,7 +141,7 @@ def command() -> int:
     data = str(Path(args.data).expanduser().absolute()) if args.data else None
     wishes = {"data": data, "partition-id": args.partition_id, "num-partitions": args.num_partitions}
     node_config = {key: value for key, value in wishes.items() if value is not None}
-    return launch.join_run(*args.server, args.wait, node_config, args.threads)
+    return launch.join_run(args.server, args.wait, node_config, args.threads)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ train the global model on their own data, and the mean of their models, weighted
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
@@ -68,12 +68,14 @@ def play_round(
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     """Let clients train the global model and test the outcome; return it, and what they report."""
     clients.wait_for(1)
-    replies = clients.ask(strategy.configure_train(server_round, arrays, ConfigRecord(), clients), "training")
+    replies = clients.ask(strategy.configure_train(server_round, arrays, ConfigRecord(), clients.as_grid()), "training")
     new_arrays, training = strategy.aggregate_train(server_round, replies)
     if new_arrays is None or training is None:
         raise RuntimeError(f"round {server_round}: no client returned a model")
-    answers = clients.ask(strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients), "testing")
-    testing = strategy.aggregate_evaluate(server_round, answers) or {}
+    answers = clients.ask(
+        strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients.as_grid()), "testing"
+    )
+    testing = strategy.aggregate_evaluate(server_round, answers) or MetricRecord()
     return new_arrays, {
         "train_loss": training["train-loss"],
         "clients_loss": testing.get("loss"),
@@ -86,7 +88,7 @@ def play_round(
 
 def slowest(replies: list[Message]) -> float:
     """Return the seconds that the slowest client worked on its reply, from reading its data on."""
-    return max((reply.content["metrics"]["seconds"] for reply in replies), default=0.0)
+    return max((cast(float, reply.content.metric_records["metrics"]["seconds"]) for reply in replies), default=0.0)
 
 
 def command() -> int:

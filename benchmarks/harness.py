@@ -1,6 +1,7 @@
 """What the benchmarks share: they run the project's own commands, and other Flower apps on the same engine."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,12 +33,13 @@ def federate(*options: str, clients: int = 0) -> tuple[Result, list[str]]:
 
 
 @contextmanager
-def programs(*commands: list[str]) -> Iterator[list["subprocess.Popen[str]"]]:
+def programs(*commands: list[str], **environment: str) -> Iterator[list["subprocess.Popen[str]"]]:
     """Start Python programs of this project; they have ended when the context does."""
     processes = [
         subprocess.Popen(
             [sys.executable, str(launch.ROOT / program), *options],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for program, *options in commands
     ]  # fmt: skip

@@ -59,7 +59,11 @@ def main() -> None:
     images, labels = cifar.load_data(str(args.data))[0]
     rows = torch.randperm(len(labels))[: args.samples]
     data = images[rows], labels[rows]
-    ways = {"classic": lambda: classic(args.data, len(rows)), "cifar.py": lambda: ours(data), "bare": lambda: bare(data)}
+    ways = {
+        "classic": lambda: classic(args.data, len(rows)),
+        "cifar.py": lambda: ours(data),
+        "bare": lambda: bare(data),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.repeats):
         for name, way in ways.items():
@@ -71,7 +75,9 @@ def main() -> None:
         print(f"{name:9} {len(rows) / statistics.median(times):8,.0f} samples/s")
     for name in ("classic", "bare"):
         ratios = [other / own for other, own in zip(seconds[name], seconds["cifar.py"], strict=True)]
-        print(f"cifar.py is {statistics.median(ratios):.2f} x as fast as {name} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"cifar.py is {statistics.median(ratios):.2f} x as fast as {name} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -9,24 +9,26 @@
 
 With --federated, the lone process is compared with the real thing: `python server.py` and twice `python client.py`,
 by the samples per second that the clients print. Those include opening the data. Bound: at least 0.7 of the lone one.
-Of two processes the slower one counts, since it is what a round waits for. Each trains on half of the training set.
+Of two processes the slower one counts, since it is what a round waits for. Each is a fresh one, as a client's is, and
+trains for an epoch on half of the training set.
 """
 
 import argparse
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 
-from harness import federate, launch
+from harness import federate, launch, programs, wait_for
 
 import cifar
 
 CLIENTS = 2
 BOUND = 0.7
-WAYS = {"alone": (1, 1), "one each": (CLIENTS, 1), "default": (CLIENTS, None)}  # processes, threads of each
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+WAYS = {"alone": (1, ONE_THREAD), "one each": (CLIENTS, ONE_THREAD), "default": (CLIENTS, {})}
+READY = "ready\n"
 LINE = re.compile(r"round \d+: trained on ([\d,]+) samples, loss .*, ([\d.]+) s")
 
 
@@ -35,39 +37,29 @@ def worker(data: str) -> None:
     images, labels = cifar.load_data(data)[0]
     half = len(labels) // CLIENTS
     samples = images[:half].clone(), labels[:half].clone()
-    print("ready", flush=True)
+    print(READY, end="", flush=True)
     if sys.stdin.readline():
         started = time.perf_counter()
         cifar.train(cifar.Net(), samples, epochs=1)
         print(half / (time.perf_counter() - started))
 
 
-def measure(data: str, processes: int, threads: int | None) -> float:
+def measure(data: str, processes: int, **environment: str) -> float:
     """Return the samples per second of the slowest of `processes` workers that train side by side."""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--worker", "--data", data], env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for _ in range(processes)
-    ]  # fmt: skip
-    ready = [worker.stdout.readline() for worker in workers]
-    for worker in workers if all(ready) else ():
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    outputs = [worker.communicate() for worker in workers]
-    if failed := [errors for rate, errors in outputs if not rate]:
-        raise launch.LaunchError(f"a process failed: {(failed[0].splitlines() or ['it printed nothing'])[-1]}")
-    return min(float(rate) for rate, _ in outputs)
+    command = [__file__, "--worker", "--data", data]
+    with programs(*[command] * processes, **environment) as workers:
+        if all(READY in worker.stdout for worker in workers):
+            for worker in workers:
+                worker.stdin.write("go\n")
+                worker.stdin.flush()
+        return min(float(output.split()[-1]) for output in wait_for(workers))
 
 
 def side_by_side(data: str, repeats: int) -> None:
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(repeats):
-        for name, (processes, threads) in WAYS.items():
-            rates[name].append(measure(data, processes, threads))
+        for name, (processes, environment) in WAYS.items():
+            rates[name].append(measure(data, processes, **environment))
     for name, each in rates.items():
         ratios = [rate / alone for rate, alone in zip(each, rates["alone"], strict=True)]
         spread = f"{statistics.median(ratios):.2f} of alone ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -75,7 +67,7 @@ def side_by_side(data: str, repeats: int) -> None:
 
 
 def federated(data: str, rounds: int) -> None:
-    alone = measure(data, *WAYS["alone"])
+    alone = measure(data, 1, **ONE_THREAD)
     print(f"{'alone':9} {alone:8,.0f} samples/s", flush=True)
     _, lines = federate("--data", data, "--rounds", str(rounds), clients=CLIENTS)
     rates = [int(match[1].replace(",", "")) / float(match[2]) for line in lines if (match := LINE.match(line))]
@@ -98,6 +90,7 @@ def command() -> int:
     if args.worker:
         worker(args.data)
         return 0
+    os.environ.pop("OMP_NUM_THREADS", None)  # it would be the default of all
     data = cifar.find_data(args.data)
     samples = len(cifar.load_data(data)[0][1])
     print(f"{data}: {samples // CLIENTS:,} samples per process, {os.cpu_count()} cores", flush=True)

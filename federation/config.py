@@ -2,11 +2,11 @@
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-Value = bool | int | float | str
-Config = dict[str, Value]
+Config = dict[str, Any]  # values are bool, int, float or str
 
 POSITIVE = (1, 10**9)
 LIMITS: dict[str, tuple[float, float]] = {
@@ -40,10 +40,10 @@ def parse(text: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"run config {text}: {error.strerror}") from None
     except ValueError:
-        raise ValueError(f"run config {text!r} is not of the form key=value key=\"text\"") from None
+        raise ValueError(f'run config {text!r} is not of the form key=value key="text"') from None
 
 
-def checked(overrides: dict[str, Any]) -> Config:
+def checked(overrides: Mapping[str, Any]) -> Config:
     """Return the defaults with `overrides`. Raises ValueError for an unknown key, a wrong type or a wrong value."""
     config = defaults()
     for key, value in overrides.items():
@@ -53,13 +53,12 @@ def checked(overrides: dict[str, Any]) -> Config:
     return config
 
 
-def _checked_value(key: str, value: Any, kind: type) -> Value:
+def _checked_value(key: str, value: Any, kind: Any) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"run config {key}={value!r} should be of type {kind.__name__}, as in {key}={defaults()[key]!r}")
-    low, high = LIMITS.get(key, (0, 0))
-    if key in LIMITS and not low <= value <= high:
+        raise ValueError(f"run config {key}={value!r} should be of type {kind.__name__}")
+    if key in LIMITS and not LIMITS[key][0] <= value <= LIMITS[key][1]:
+        low, high = LIMITS[key]
         raise ValueError(f"run config {key}={value!r} is out of range: {low:g} to {high:g} is allowed")
-    checked_value: Value = value
-    return checked_value
+    return value

@@ -172,6 +172,12 @@ def address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def shown(address: tuple[str, int]) -> str:
+    """Return an address in the form HOST:PORT."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def free_port() -> int:
     """Return a port that nothing on this machine listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -190,9 +196,9 @@ def check_free(host: str, port: int) -> None:
 def is_up(host: str, port: int) -> bool:
     """Tell whether a SuperLink answers there, or on this machine for the address that stands for all of its own."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{host}]:{port}/health" if ":" in host else f"http://{host}:{port}/health"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=2) as response:
+        with opener.open(f"http://{shown((host, port))}/health", timeout=2) as response:
             return bool(response.status == 200)
     except (OSError, ValueError):
         return False
@@ -218,24 +224,26 @@ def host_run(address: tuple[str, int], run_config: Config, simulated_clients: in
             if superlink.poll() is not None:
                 raise LaunchError(f"the SuperLink did not start: {ours.last_error()}")
             time.sleep(0.1)
-        status = relay(submit(ours, host, port, run_config, simulated_clients), ours.log)
+        status = relay(submit(ours, (host, port), run_config, simulated_clients), ours.log)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status
 
 
-def submit(ours: Session, host: str, port: int, run_config: Config, simulated_clients: int) -> "subprocess.Popen[str]":
+def submit(
+    ours: Session, address: tuple[str, int], run_config: Config, simulated_clients: int
+) -> "subprocess.Popen[str]":
     """Start the run and return a process that lasts as long as it does, and prints what its ServerApp prints."""
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
+    (ours.home / "config.toml").write_text(
+        f'[superlink.ours]\naddress = "{shown(address)}"\ninsecure = true\n', "utf-8"
+    )
     overrides = ours.home / "run-config.toml"
     overrides.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()), "utf-8")
     command = ["flwr", "run", str(ROOT), "ours", "--stream", "--run-config", str(overrides)]
     if simulated_clients:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         command += [
             "--federation-config", f"num-supernodes={simulated_clients} client-resources-num-cpus=1 "
-            f"init-args-num-cpus={min(cores, simulated_clients)} init-args-log-to-driver=false",
+            f"init-args-num-cpus={min(cores(), simulated_clients)} init-args-log-to-driver=false",
         ]  # fmt: skip
     return ours.start(*command)
 
@@ -243,39 +251,42 @@ def submit(ours: Session, host: str, port: int, run_config: Config, simulated_cl
 # ----------------------------------------------------------------------------------------------------- the client
 
 
-def join_run(host: str, port: int, wait: float, node_config: Config, threads: int | None) -> int:
+def join_run(server: tuple[str, int], wait: float, node_config: Config, threads: int | None) -> int:
     """Run a SuperNode until its run has ended and return the exit status.
 
     Waits up to `wait` seconds for the server, at the start and whenever it goes away. Raises LaunchError after that.
     """
-    with place_on_host() as (name, log):
-        environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-        with session(log, **environment) as ours:
-            settings = " ".join(f"{key}={json.dumps(value)}" for key, value in (node_config | {"name": name}).items())
-            while True:
-                wait_for_server(host, port, wait)
-                supernode = ours.start(
-                    "flower-supernode", "--insecure", "--superlink", f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-                    "--max-wait-time", "10", "--port", str(free_port()), "--node-config", settings,
-                )  # fmt: skip
-                status = relay(supernode, ours.log)
-                if status is not None:
-                    with suppress(subprocess.TimeoutExpired):
-                        supernode.wait(2 * status)  # lets it deliver the reason of a failure
-                    return status
-                if is_up(host, port):
-                    raise LaunchError(f"the server at {host}:{port} turned this client away: {ours.last_error()}")
-                print(f"lost the server at {host}:{port}", flush=True)
+    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    with place_on_host() as (name, log), session(log, **environment) as ours:
+        while True:
+            wait_for_server(server, wait)
+            supernode = start_supernode(ours, server, node_config | {"name": name})
+            status = relay(supernode, ours.log)
+            if status is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    supernode.wait(2 * status)  # lets it deliver the reason of a failure
+                return status
+            if is_up(*server):
+                raise LaunchError(f"the server at {shown(server)} turned this client away: {ours.last_error()}")
+            print(f"lost the server at {shown(server)}", flush=True)
 
 
-def wait_for_server(host: str, port: int, wait: float) -> None:
+def start_supernode(ours: Session, server: tuple[str, int], node_config: Config) -> "subprocess.Popen[str]":
+    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
+    return ours.start(
+        "flower-supernode", "--insecure", "--superlink", shown(server), "--max-wait-time", "10",
+        "--port", str(free_port()), "--node-config", settings,
+    )  # fmt: skip
+
+
+def wait_for_server(server: tuple[str, int], wait: float) -> None:
     """Return once a server answers. Raises LaunchError after `wait` seconds."""
     deadline = time.monotonic() + wait
-    if not is_up(host, port):
-        print(f"waiting for a server at {host}:{port} (up to {wait:g} s)", flush=True)
-    while not is_up(host, port):
+    if not is_up(*server):
+        print(f"waiting for a server at {shown(server)} (up to {wait:g} s)", flush=True)
+    while not is_up(*server):
         if time.monotonic() > deadline:
-            raise LaunchError(f"no server at {host}:{port} within {wait:g} s; is it running, and is --server right?")
+            raise LaunchError(f"no server at {shown(server)} within {wait:g} s; is it running, and is --server right?")
         time.sleep(0.5)
 
 
@@ -300,9 +311,14 @@ def share_cores() -> None:
     Frameworks take all cores by default, and clients that share a host then slow each other down several times.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        clients = sum("flower-supernode" in " ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // max(1, clients)))
+        commands = (" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
+        clients = sum("flower-supernode" in command for command in commands)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // max(1, clients)))
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -31,7 +31,7 @@ class Client:
 
 
 class Roster:
-    """The clients of a run. To a strategy it looks like Flower's Grid, with the clients in order of partition."""
+    """The clients of a run, on top of Flower's Grid."""
 
     def __init__(self, grid: Grid, config: Config, root: str, data: Any) -> None:
         self.grid, self.config, self.root = grid, config, root
@@ -60,24 +60,29 @@ class Roster:
         """Ask nodes that are new to introduce themselves, and seat those that have."""
         strangers = set(self.grid.get_node_ids()) - self.met
         self.met |= strangers
-        hello = [Message(RecordDict({"client": ConfigRecord({"data": self.root})}), node, f"{MessageType.QUERY}.join", group_id="join") for node in strangers]
-        if hello:
-            self.joining |= zip(self.grid.push_messages(hello), strangers, strict=True)
+        if strangers:
+            hello = RecordDict({"client": ConfigRecord({"data": self.root})})
+            self.joining |= zip(self.send(hello, "join", strangers), strangers, strict=True)
         for reply in self.grid.pull_messages(list(self.joining)) if self.joining else ():
             self.seat(self.joining.pop(reply.metadata.reply_to_message_id), reply)
         online = set(self.grid.get_node_ids()) if self.joining else set()
         self.joining = {message: node for message, node in self.joining.items() if node in online}
+
+    def send(self, content: RecordDict, query: str, nodes: Iterable[int]) -> Iterable[str]:
+        """Send a query to `nodes` and return the messages' ids."""
+        kind = f"{MessageType.QUERY}.{query}"
+        return self.grid.push_messages([Message(content, node, kind, group_id=query) for node in nodes])
 
     def seat(self, node: int, reply: Message) -> None:
         """Give a new client its place, or send it away."""
         if reply.has_error():
             say(f"a client could not join: {reason(reply.error.reason)}")
             return
-        facts = dict(reply.content.config_records["client"])
-        name, copy = str(facts["name"]), facts["data"] == self.digest
+        facts: dict[str, Any] = dict(reply.content.config_records["client"])
+        name, copy = facts["name"], facts["data"] == self.digest
         try:
-            check_version(str(facts["flwr"]))
-            position = self.place(name, int(facts["partition-id"]), int(facts["num-partitions"]), copy)
+            check_version(facts["flwr"])
+            position = self.place(name, facts["partition-id"], facts["num-partitions"], copy)
             rows = self.rows_of(position) if copy else None
         except ValueError as error:
             say(f"{name} may not join: {error}")
@@ -91,7 +96,7 @@ class Roster:
     def place(self, name: str, wanted: int, partitions: int, copy: bool) -> int:
         """Return the partition of a client: its old one, the one it wants, or the first that is free."""
         taken = {client.position: client.name for client in self.clients.values()}
-        self.partitions = self.partitions or partitions or int(self.config["num-clients"])
+        self.partitions = self.partitions or partitions or self.config["num-clients"]
         present = {client.position for client in self.present()}
         if wanted >= 0:
             if partitions != self.partitions:
@@ -108,7 +113,7 @@ class Roster:
         return free[0]
 
     def rows_of(self, position: int) -> ArrayRecord:
-        seed = int(self.config["seed"])
+        seed = self.config["seed"]
         parts = {split: partition.iid(count, self.partitions, seed) for split, count in self.samples.items()}
         return ArrayRecord({split: Array(part[position]) for split, part in parts.items()})
 
@@ -119,8 +124,12 @@ class Roster:
         online = set(self.grid.get_node_ids())
         return sorted((c for c in self.clients.values() if c.node in online), key=lambda client: client.position)
 
+    def as_grid(self) -> Grid:
+        """Return this as a Grid for a strategy, of which it asks for no more than the nodes to sample from."""
+        return cast(Grid, self)
+
     def get_node_ids(self) -> list[int]:
-        """Return the nodes to sample from. Sampling depends on partitions alone, for node ids differ between runs."""
+        """Return the nodes by partition, so that sampling does not depend on their ids, which differ between runs."""
         return [client.node for client in self.present()]
 
     def ask(self, messages: Iterable[Message], doing: str) -> list[Message]:
@@ -129,11 +138,12 @@ class Roster:
         Waits for `round-timeout` seconds at most, and not for clients that have gone.
         """
         addressed = [self.address(message) for message in messages]
-        pending = dict(zip(self.grid.push_messages(addressed), (m.metadata.dst_node_id for m in addressed), strict=True))
-        total, replies = len(pending), dict[int, Message]()
-        deadline, look = time.monotonic() + float(self.config["round-timeout"]), 0.0
+        nodes = [message.metadata.dst_node_id for message in addressed]
+        pending = dict(zip(self.grid.push_messages(addressed), nodes, strict=True))
+        replies: dict[int, Message] = {}
+        deadline, look = time.monotonic() + self.config["round-timeout"], 0.0
         while pending and time.monotonic() < deadline:
-            tell(progress=(total - len(pending), total), doing=doing)
+            tell(progress=(len(nodes) - len(pending), len(nodes)), doing=doing)
             for reply in self.grid.pull_messages(list(pending)):
                 node = pending.pop(reply.metadata.reply_to_message_id)
                 self.take(node, reply, replies)
@@ -184,7 +194,7 @@ class Roster:
         nodes = [n for n, client in self.clients.items() if client.name] if node is None else [node]
         goodbye = RecordDict({"goodbye": ConfigRecord({"error": error})})
         nodes = list(set(nodes) & set(self.grid.get_node_ids()))
-        self.grid.push_messages([Message(goodbye, node, f"{MessageType.QUERY}.leave", group_id="leave") for node in nodes])
+        self.send(goodbye, "leave", nodes)
         deadline = time.monotonic() + 15
         while set(nodes) & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)

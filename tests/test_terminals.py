@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,6 +114,8 @@ def test_simulation_ends_with_the_very_same_weights(run: SimpleNamespace, termin
     assert status == 0, text
     metrics = json.loads((terminals.folder / "here" / "metrics.json").read_text())
     assert metrics["final_weights_sha256"] == run.metrics["final_weights_sha256"]
-    assert [row["server_accuracy"] for row in metrics["rounds"]] == [r["server_accuracy"] for r in run.metrics["rounds"]]
+    assert [row["server_accuracy"] for row in metrics["rounds"]] == [
+        r["server_accuracy"] for r in run.metrics["rounds"]
+    ]
     eventually(lambda: terminals.processes() == [], 2)
     assert terminals.leftovers() == []

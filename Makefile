@@ -1,0 +1,32 @@
+# make demo: the centralized script, and then the same script federated, side by side.  make test: the test suite.
+# PYTHON picks the interpreter that makes .venv; DATA names a data folder for the demo.
+PYTHON ?= python3
+DATA ?=
+BIN := .venv/bin
+OPTIONS := $(if $(DATA),--data $(DATA))
+
+.PHONY: demo test lint install
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: install
+	@echo "== Centralized: python cifar.py"
+	@$(BIN)/python cifar.py --epochs 3 $(OPTIONS)
+	@echo "== Federated: python server.py, and python client.py twice"
+	@$(BIN)/python client.py > /dev/null & $(BIN)/python client.py > /dev/null & $(BIN)/python server.py $(OPTIONS)
+	@echo "== Side by side"
+	@$(BIN)/python benchmarks/side_by_side.py $(OPTIONS)
+
+test: install
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
