@@ -10,7 +10,6 @@ own `train`, `evaluate` its `test`, on the samples that are this client's.
 import argparse
 import time
 from importlib.metadata import version
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -138,8 +137,7 @@ def command() -> int:
         parser.error(f"--partition-id {args.partition_id} is not one of 0 to {args.num_partitions - 1}")
     if args.wait < 0 or (args.threads or 1) < 1:
         parser.error("--wait needs 0 or more, --threads 1 or more")
-    data = str(Path(args.data).expanduser().absolute()) if args.data else None
-    wishes = {"data": data, "partition-id": args.partition_id, "num-partitions": args.num_partitions}
+    wishes = {"data": args.data, "partition-id": args.partition_id, "num-partitions": args.num_partitions}
     node_config = {key: value for key, value in wishes.items() if value is not None}
     return launch.join_run(args.server, args.wait, node_config, args.threads)
 

@@ -2,9 +2,9 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +17,7 @@ from federation import launch
 
 Result = dict[str, Any]
 
+FOLDER = launch.ROOT / "runs" / "benchmarks"  # for logs, and what server.py writes
 RESULT = "result "  # a line that begins so holds, as JSON, what an app has measured
 
 
@@ -24,12 +25,12 @@ def federate(*options: str, clients: int = 0) -> tuple[Result, list[str]]:
     """Run server.py with `options` and so many client.py; return its metrics.json and the lines of the clients."""
     address = f"127.0.0.1:{launch.free_port()}"
     where = ["--address", address, "--clients", str(clients)] if clients else []
-    with tempfile.TemporaryDirectory() as out:
-        server, client = ["server.py", "--out", out, *where, *options], ["client.py", "--server", address]
-        with programs(server, *[client] * clients) as processes:
-            outputs = wait_for(processes)
-        metrics = json.loads(Path(out, "metrics.json").read_text("utf-8"))
-    return metrics, "".join(outputs[1:]).splitlines()
+    out = FOLDER / "ours"
+    shutil.rmtree(out, ignore_errors=True)
+    server, client = ["server.py", "--out", str(out), *where, *options], ["client.py", "--server", address]
+    with programs(server, *[client] * clients) as processes:
+        outputs = wait_for(processes)
+    return json.loads((out / "metrics.json").read_text("utf-8")), "".join(outputs[1:]).splitlines()
 
 
 @contextmanager
@@ -71,15 +72,9 @@ def run_app(app: Path, config: dict[str, object], *, simulate: int = 0, supernod
     Returns the result that its ServerApp prints, and the seconds from the start of the SuperLink to that line.
     """
     started = time.perf_counter()
-    address = f"127.0.0.1:{launch.free_port()}"
-    with ExitStack() as stack:
-        ours = stack.enter_context(launch.session())
-        start_superlink(ours, address, ["--simulation"] if simulate else [])
-        for _ in range(supernodes):
-            start_supernode(stack.enter_context(launch.session()), address)
-        (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
-        settings = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        size = ["--federation-config", f"num-supernodes={simulate}"] if simulate else []
+    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+    size = ["--federation-config", f"num-supernodes={simulate}"] if simulate else []
+    with engine(app.name, bool(simulate), supernodes) as ours:
         run = ours.start("flwr", "run", str(app), "ours", "--stream", "--run-config", settings, *size)
         for line in run.stdout or ():
             ours.log.write(line)
@@ -88,20 +83,30 @@ def run_app(app: Path, config: dict[str, object], *, simulate: int = 0, supernod
         raise launch.LaunchError(f"{app.name}: {ours.last_error()}")
 
 
-def start_superlink(ours: launch.Session, address: str, options: list[str]) -> None:
-    host, port = launch.address(address)
-    superlink = ours.start(
-        "flower-superlink", "--insecure", "--host", host, "--port", str(port),
-        "--disable-runtime-dependency-installation", *options,
-    )  # fmt: skip
-    Thread(target=launch.relay, args=(superlink, ours.log), daemon=True).start()
-    while not launch.is_up(host, port):
-        if superlink.poll() is not None:
-            raise launch.LaunchError(f"the SuperLink did not start: {ours.last_error()}")
-        time.sleep(0.1)
+@contextmanager
+def engine(name: str, simulation: bool, supernodes: int) -> Iterator[launch.Session]:
+    """Start a SuperLink, which `flwr run` knows as "ours", and SuperNodes, each in a session of its own."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    host, port = "127.0.0.1", launch.free_port()
+    address = f"{host}:{port}"
+    with ExitStack() as stack:
+        ours = stack.enter_context(launch.session(FOLDER / f"{name}.txt"))
+        (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
+        superlink = start(
+            ours, "flower-superlink", "--insecure", "--host", host, "--port", str(port),
+            "--disable-runtime-dependency-installation", *(["--simulation"] if simulation else []),
+        )  # fmt: skip
+        while not launch.is_up(host, port):
+            if superlink.poll() is not None:
+                raise launch.LaunchError(f"the SuperLink did not start: {ours.last_error()}")
+            time.sleep(0.1)
+        for number in range(supernodes):
+            session = stack.enter_context(launch.session(FOLDER / f"{name}-{number}.txt"))
+            start(session, "flower-supernode", "--insecure", "--superlink", address, "--port", str(launch.free_port()))
+        yield ours
 
 
-def start_supernode(ours: launch.Session, address: str) -> None:
-    port = str(launch.free_port())
-    supernode = ours.start("flower-supernode", "--insecure", "--superlink", address, "--port", port)
-    Thread(target=launch.relay, args=(supernode, ours.log), daemon=True).start()
+def start(session: launch.Session, *command: str) -> "subprocess.Popen[str]":
+    process = session.start(*command)
+    Thread(target=launch.relay, args=(process, session.log), daemon=True).start()
+    return process

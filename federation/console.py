@@ -6,6 +6,7 @@ begins with PREFIX is for people; one that begins with CONTROL is for launch.py,
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ Handler = Callable[[Message, Context], Message]
 
 PREFIX = "federation: "
 CONTROL = "federation# "
+MARK = "FEDERATION_SESSION"  # the environment variable that all processes of a launcher carry
 
 
 def say(text: str) -> None:
@@ -26,8 +28,9 @@ def say(text: str) -> None:
 
 
 def tell(**event: Any) -> None:
-    """Tell the launcher about an event: `progress=(done, total)`, or `end=exit_status`."""
-    print(f"{CONTROL}{json.dumps(event)}", flush=True)
+    """Tell the launcher, if there is one, `progress=(done, total), doing=what`, or `end=exit_status`."""
+    if MARK in os.environ:
+        print(f"{CONTROL}{json.dumps(event)}", flush=True)
 
 
 def reason(error: object) -> str:

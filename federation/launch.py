@@ -27,9 +27,8 @@ import psutil
 from tqdm import tqdm
 
 from federation.config import Config
-from federation.console import CONTROL, PREFIX
+from federation.console import CONTROL, MARK, PREFIX
 
-MARK = "FEDERATION_SESSION"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -95,7 +94,10 @@ class Session:
         """Ask the processes to end, and give them a second: a SuperNode signs off, so that no server waits for it."""
         for process in self.processes:
             process.terminate()
-        psutil.wait_procs([psutil.Process(process.pid) for process in self.processes if process.poll() is None], 1)
+        deadline = time.monotonic() + 1
+        for process in self.processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, deadline - time.monotonic()))
 
     def last_error(self) -> str:
         """Return what the log says last, without the frames and colours that Flower puts around it."""

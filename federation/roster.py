@@ -141,12 +141,13 @@ class Roster:
         nodes = [message.metadata.dst_node_id for message in addressed]
         pending = dict(zip(self.grid.push_messages(addressed), nodes, strict=True))
         replies: dict[int, Message] = {}
+        tell(progress=(0, len(nodes)), doing=doing)
         deadline, look = time.monotonic() + self.config["round-timeout"], 0.0
         while pending and time.monotonic() < deadline:
-            tell(progress=(len(nodes) - len(pending), len(nodes)), doing=doing)
             for reply in self.grid.pull_messages(list(pending)):
                 node = pending.pop(reply.metadata.reply_to_message_id)
                 self.take(node, reply, replies)
+                tell(progress=(len(nodes) - len(pending), len(nodes)), doing=doing)
             if time.monotonic() > look:
                 look = time.monotonic() + PRESENCE
                 online = set(self.grid.get_node_ids())

@@ -25,7 +25,7 @@ class Terminal:
         self.output = folder / f"{uuid.uuid4().hex[:8]}.txt"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *arguments], cwd=environment["PWD"], env=environment, stdin=subprocess.DEVNULL,
+                arguments, cwd=environment["PWD"], env=environment, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
             )  # fmt: skip
@@ -73,7 +73,13 @@ class Terminals:
 
     def open(self, *arguments: str, **environment: str) -> Terminal:
         script = (str(ROOT / arguments[0]), *arguments[1:]) if arguments[0].endswith(".py") else arguments
-        return Terminal(script, self.folder, self.environment | environment)
+        return Terminal((sys.executable, *script), self.folder, self.environment | environment)
+
+    def shell(self, command: str, folder: Path, **environment: str) -> Terminal:
+        """Type a command into a shell in `folder`, in which `python` and `flwr` are those that run the tests."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {"PWD": str(folder), "PATH": path} | environment
+        return Terminal(("bash", "-c", command), self.folder, self.environment | environment)
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
         """Run a command to its end; return its exit status and output."""

@@ -1,0 +1,185 @@
+"""What can go wrong while a federation runs: processes killed and interrupted, clients that do not fit."""
+
+import contextlib
+import json
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Terminal, Terminals, eventually
+from tests.test_terminals import free_port
+
+pytestmark = pytest.mark.slow
+EMBEDDED = ("--data", "embedded")
+
+
+def metrics_of(terminals: Terminals) -> dict:
+    return json.loads((terminals.folder / "runs" / "federated" / "metrics.json").read_text())
+
+
+def named(processes: list[psutil.Process], text: str) -> list[psutil.Process]:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found += [process] if text in " ".join(process.cmdline()) else []
+    return found
+
+
+def start(terminals: Terminals, clients: int, *options: str) -> tuple[str, Terminal, list[Terminal]]:
+    address = f"127.0.0.1:{free_port()}"
+    server = terminals.open("server.py", "--address", address, *EMBEDDED, *options)
+    return address, server, [terminals.open("client.py", "--server", address) for _ in range(clients)]
+
+
+def assert_all_gone(terminals: Terminals) -> None:
+    eventually(lambda: terminals.processes() == [] and terminals.leftovers() == [], 2)
+
+
+def test_interrupted_server_keeps_its_results_and_leaves_nothing(terminals: Terminals) -> None:
+    _, server, clients = start(terminals, 2, "--rounds", "50")
+    server.wait_for("\n    1  ")
+    server.interrupt()
+    assert server.wait(10) == 130 and "stopped" in server.text and "Traceback" not in server.text
+    eventually(lambda: not named(terminals.processes(), "flower-superlink"), 2)
+    assert not named(terminals.processes(), "flwr-serverapp")
+    assert metrics_of(terminals)["status"] == "failed" and len(metrics_of(terminals)["rounds"]) >= 2
+    for client in clients:
+        client.wait_for("lost the server", 60)
+        client.interrupt()
+        assert client.wait(10) == 130 and "Traceback" not in client.text
+    assert_all_gone(terminals)
+
+
+@pytest.mark.parametrize("moment", ["waiting for 2 clients", "client 0 joined"])
+def test_interrupted_server_before_the_first_round(terminals: Terminals, moment: str) -> None:
+    _, server, clients = start(terminals, 1)
+    server.wait_for(moment)
+    server.interrupt()
+    assert server.wait(10) == 130
+    clients[0].process.send_signal(signal.SIGTERM)
+    assert clients[0].wait(10) == 130
+    assert_all_gone(terminals)
+
+
+def test_killed_launchers_leave_nothing(terminals: Terminals) -> None:
+    _, server, clients = start(terminals, 2)
+    server.wait_for("client 1 joined")
+    for terminal in (server, *clients):
+        terminal.process.kill()
+    for terminal in (server, *clients):
+        terminal.wait(10)
+    assert_all_gone(terminals)
+
+
+def test_killed_client_is_left_out_and_gets_its_partition_back(terminals: Terminals) -> None:
+    address, server, clients = start(terminals, 2, "--rounds", "4", "--run-config", "local-epochs=2")
+    server.wait_for("client 1 joined")
+    first = next(client for client in clients if "/1" not in client.text)
+    clients[1].process.kill()
+    server.wait_for("is left out: it has left", 150)
+    back = terminals.open("client.py", "--server", address)
+    assert server.wait() == 0, server.text
+    assert first.wait(30) == 0 and back.wait(30) == 0
+    joined = [line.split(":")[0] for line in server.text.splitlines() if " joined from " in line]
+    assert len(joined) == 3 and joined[2] in joined[:2], server.text
+    rounds = metrics_of(terminals)["rounds"]
+    assert sum(row["dropped"] for row in rounds[1:]) == 1 and rounds[-1]["clients"] == 2
+    assert_all_gone(terminals)
+
+
+def test_killed_serverapp_fails_the_run(terminals: Terminals) -> None:
+    _, server, clients = start(terminals, 1)
+    server.wait_for("waiting for 2 clients")
+    for process in named(terminals.processes(), "flwr-serverapp"):
+        process.kill()
+    assert server.wait(120) == 1 and "broke off" in server.text
+    assert metrics_of(terminals)["status"] == "failed"
+    clients[0].interrupt()
+    assert clients[0].wait(10) == 130
+    assert_all_gone(terminals)
+
+
+def test_killed_superlink_fails_the_run(terminals: Terminals) -> None:
+    _, server, _ = start(terminals, 0)
+    server.wait_for("waiting for 2 clients")
+    for process in named(terminals.processes(), "flower-superlink"):
+        process.kill()
+    assert server.wait(60) == 1 and "Traceback" not in server.text
+    assert_all_gone(terminals)
+
+
+def test_clients_that_do_not_fit_are_turned_away(terminals: Terminals, tmp_path: Path) -> None:
+    old = tmp_path / "old" / "flwr-1.40.0.dist-info"
+    old.mkdir(parents=True)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: flwr\nVersion: 1.40.0\n")
+    address, server, _ = start(terminals, 0, "--rounds", "1")
+    server.wait_for("waiting for 2 clients")
+    to = ("client.py", "--server", address)
+    fitting = terminals.open(*to, "--partition-id", "1", "--num-partitions", "2")
+    server.wait_for("client 1 joined")
+    unfit = {
+        "runs Flower 1.40.0": terminals.open(*to, PYTHONPATH=str(old.parent)),
+        "partition 1 is taken": terminals.open(*to, "--partition-id", "1", "--num-partitions", "2"),
+        "counts 3 partitions": terminals.open(*to, "--partition-id", "2", "--num-partitions", "3"),
+        "no-such-folder does not exist": terminals.open(*to, "--data", "no-such-folder"),
+    }
+    for reason, client in unfit.items():
+        assert client.wait(120) == 1, client.text
+        assert reason in client.text and "Traceback" not in client.text
+        assert reason in server.text
+    last = terminals.open(*to)
+    assert server.wait() == 0 and fitting.wait(30) == 0 and last.wait(30) == 0
+    assert "client 0 joined" in server.text
+    assert_all_gone(terminals)
+
+
+def test_something_else_listens_there(terminals: Terminals) -> None:
+    status, text = terminals.run("client.py", "--server", "127.0.0.1:9", "--wait", "0.5")
+    assert status == 1 and "no server at 127.0.0.1:9" in text
+
+
+def test_ipv6(terminals: Terminals) -> None:
+    address = f"[::1]:{free_port()}"
+    server = terminals.open("server.py", "--address", address, "--rounds", "1", "--clients", "1", *EMBEDDED)
+    client = terminals.open("client.py", "--server", address, "--threads", "1")
+    assert server.wait() == 0, server.text
+    assert client.wait(30) == 0, client.text
+    assert metrics_of(terminals)["rounds"][1]["clients"] == 1
+
+
+def test_failing_task_fails_the_run_everywhere(terminals: Terminals) -> None:
+    (terminals.folder / "faulty.py").write_text(
+        "from cifar import Net, load_data, test\n"
+        "def train(net, data, *, epochs, lr=0, batch_size, seed):\n"
+        "    raise RuntimeError('the fault of this task')\n"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    to = {"PYTHONPATH": str(terminals.folder)}
+    options = ("--task", "faulty", "--rounds", "1", "--clients", "1", *EMBEDDED)
+    server = terminals.open("server.py", "--address", address, *options, **to)
+    client = terminals.open("client.py", "--server", address, **to)
+    assert server.wait() == 1 and client.wait(30) == 1
+    for text in (server.text, client.text):
+        assert "the fault of this task" in text and "Traceback" not in text
+    assert "no client returned a model" in server.text
+    assert metrics_of(terminals)["status"] == "failed"
+    assert_all_gone(terminals)
+
+
+def test_interrupted_simulation_leaves_nothing(terminals: Terminals) -> None:
+    server = terminals.open("server.py", "--simulate", "2", "--rounds", "50", *EMBEDDED)
+    server.wait_for("\n    1  ")
+    server.interrupt()
+    assert server.wait(10) == 130
+    assert metrics_of(terminals)["status"] == "failed"
+    assert_all_gone(terminals)
+
+
+def test_killed_simulation_leaves_nothing(terminals: Terminals) -> None:
+    server = terminals.open("server.py", "--simulate", "2", "--rounds", "50", *EMBEDDED)
+    server.wait_for("client 1 joined")
+    server.process.kill()
+    server.wait(10)
+    assert_all_gone(terminals)

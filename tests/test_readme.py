@@ -1,0 +1,152 @@
+"""The README keeps its word: its counts are right, its files exist, and each of its commands is run."""
+
+import ast
+import io
+import json
+import re
+import shutil
+import tokenize
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, Terminals
+from tests.test_terminals import free_port
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+RUN_ELSEWHERE = {  # by .ci/run, which calls make test and make demo; the latter consists of the others
+    "make demo", "make test", "python cifar.py", "python server.py", "python client.py",
+    "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
+}  # fmt: skip
+
+
+def code_lines(path: Path) -> int:
+    """Count the lines of a file that hold code: no blank lines, comments or docstrings."""
+    source = path.read_text()
+    docstrings = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
+        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
+    idle = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {line for token in tokens if token.type not in idle for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines - docstrings)
+
+
+def test_the_cost_of_federating_is_as_stated() -> None:
+    stated = re.search(r"costs (\d+) lines of code in `client.py` and (\d+) in `server.py`", README)
+    assert stated is not None
+    assert (int(stated[1]), int(stated[2])) == (code_lines(ROOT / "client.py"), code_lines(ROOT / "server.py"))
+
+
+def test_the_file_tree_is_complete() -> None:
+    stated = re.findall(r"^    (\w+\.py)  ", README, re.MULTILINE)
+    assert sorted(stated) == sorted(path.name for path in (ROOT / "federation").glob("[!_]*.py"))
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in ("cifar.py", "server.py", "client.py"):
+        assert re.search(rf"\$\(BIN\)/python {re.escape(command)}", makefile)
+
+
+def test_every_command_is_run_by_a_test() -> None:
+    source = Path(__file__).read_text()
+    for command in set(COMMANDS) - RUN_ELSEWHERE:
+        assert f"'{command}'" in source or f'"{command}"' in source, f"no test runs: {command}"
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture
+def checkout(terminals: Terminals) -> Path:
+    """A copy of the project, with a folder of images DIR in it."""
+    folder = terminals.folder / "checkout"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+    random = np.random.default_rng(0)
+    for split, samples in (("train", 20), ("test", 10)):
+        for label in range(10):
+            (folder / "DIR" / split / str(label)).mkdir(parents=True)
+            for i in range(samples):
+                pixels = random.integers(0, 25, (32, 32, 3), np.uint8) + np.uint8(23 * label)
+                Image.fromarray(pixels).save(folder / "DIR" / split / str(label) / f"{i}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_more_clients_and_rounds(terminals: Terminals, checkout: Path) -> None:
+    server = terminals.shell("python server.py --clients 3 --rounds 2", checkout)
+    clients = [terminals.shell("python client.py", checkout) for _ in range(3)]
+    assert server.wait(400) == 0, server.text
+    assert [client.wait(30) for client in clients] == [0, 0, 0]
+    assert [row["clients"] for row in metrics(checkout / "runs" / "federated")["rounds"]] == [None, 3, 3]
+
+
+@pytest.mark.slow
+def test_own_images_on_several_machines(terminals: Terminals, checkout: Path) -> None:
+    server = terminals.shell("python server.py --address 0.0.0.0:8080 --data DIR", checkout)
+    command = "python client.py --server HOST:8080 --data DIR".replace("HOST", "localhost")
+    clients = [terminals.shell(command, checkout) for _ in range(2)]
+    assert server.wait(400) == 0, server.text
+    assert [client.wait(30) for client in clients] == [0, 0]
+    assert metrics(checkout / "runs" / "federated")["dataset"] == {
+        "name": str(checkout / "DIR"), "train": 200, "test": 100,
+    }  # fmt: skip
+    assert "100 samples of 200" in server.text
+
+
+@pytest.mark.slow
+def test_own_images_centralized_and_simulated(terminals: Terminals, checkout: Path) -> None:
+    centralized = terminals.shell("python cifar.py --data DIR", checkout)
+    assert centralized.wait() == 0 and "200 training and 100 test images" in centralized.text
+    server = terminals.shell("python server.py --data DIR" + " --simulate 2 --rounds 1", checkout)
+    assert server.wait() == 0, server.text
+
+
+@pytest.mark.slow
+def test_simulations(terminals: Terminals, checkout: Path) -> None:
+    server = terminals.shell("python server.py --simulate 10", checkout)
+    assert server.wait(400) == 0, server.text
+    assert [row["clients"] for row in metrics(checkout / "runs" / "federated")["rounds"]] == [None, 10, 10, 10]
+    command = 'python server.py --simulate 4 --run-config "learning-rate=0.01 local-epochs=2 fraction-train=0.5"'
+    server = terminals.shell(command, checkout)
+    assert server.wait(400) == 0, server.text
+    run = metrics(checkout / "runs" / "federated")
+    assert [row["clients"] for row in run["rounds"]] == [None, 2, 2, 2]
+    assert run["config"]["learning-rate"] == 0.01 and run["config"]["local-epochs"] == 2
+
+
+@pytest.mark.slow
+def test_flwr_run(terminals: Terminals, checkout: Path) -> None:
+    """All of them on one SuperLink, which the first starts and leaves behind: Flower's way, and ours to clean up."""
+    elsewhere = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_TELEMETRY_ENABLED": "0"}
+    results = terminals.folder / "home" / "runs" / "federated"
+    for command, rounds, batch_size, clients in (
+        ("flwr run . --stream", 3, 32, 2),
+        ('flwr run . --stream --run-config "num-server-rounds=5 batch-size=16"', 5, 16, 2),
+        ('flwr run . --stream --federation-config "num-supernodes=10 client-resources-num-cpus=1"', 3, 32, 10),
+    ):
+        export = "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"
+        flwr = terminals.shell(f"{export} && {command}", checkout, **elsewhere)
+        assert flwr.wait(400) == 0, flwr.text
+        assert f"in {results}" in flwr.text, flwr.text
+        run = metrics(results)
+        assert run["status"] == "finished" and run["config"]["batch-size"] == batch_size
+        assert [row["clients"] for row in run["rounds"]] == [None] + [clients] * rounds
+    bad = terminals.shell(f'{export} && flwr run . --stream --run-config "num-server-rounds=0"', checkout, **elsewhere)
+    bad.wait()
+    assert "num-server-rounds=0 is out of range" in bad.text
