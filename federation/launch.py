@@ -29,6 +29,7 @@ from tqdm import tqdm
 from federation.config import Config
 from federation.console import CONTROL, MARK, PREFIX
 
+LOST_AFTER = 10  # seconds without an answer, after which a client takes its server for gone
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -117,6 +118,7 @@ def session(log: Path, **environment: str) -> Iterator[Session]:
     guard = subprocess.Popen(
         [sys.executable, "-m", "federation.launch", str(home)],
         cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True,
+        env={key: value for key, value in os.environ.items() if key != MARK},  # no other guard's business
     )  # fmt: skip
     ours = Session(home, log, **environment)
     try:
@@ -263,22 +265,35 @@ def join_run(server: tuple[str, int], wait: float, node_config: Config, threads:
         while True:
             wait_for_server(server, wait)
             supernode = start_supernode(ours, server, node_config | {"name": name})
+            Thread(target=watch, args=(supernode, server), daemon=True).start()
             status = relay(supernode, ours.log)
             if status is not None:
                 with suppress(subprocess.TimeoutExpired):
                     supernode.wait(2 * status)  # lets it deliver the reason of a failure
                 return status
-            if is_up(*server):
+            if "SuperNode ID" not in Path(log).read_text("utf-8"):
                 raise LaunchError(f"the server at {shown(server)} turned this client away: {ours.last_error()}")
             print(f"lost the server at {shown(server)}", flush=True)
 
 
 def start_supernode(ours: Session, server: tuple[str, int], node_config: Config) -> "subprocess.Popen[str]":
+    ours.log.seek(0)
+    ours.log.truncate()
     settings = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
     return ours.start(
-        "flower-supernode", "--insecure", "--superlink", shown(server), "--max-wait-time", "10",
+        "flower-supernode", "--insecure", "--superlink", shown(server),
         "--port", str(free_port()), "--node-config", settings,
     )  # fmt: skip
+
+
+def watch(supernode: "subprocess.Popen[str]", server: tuple[str, int]) -> None:
+    """End a SuperNode whose server has gone for some time: left to itself, it would wait for ever and say nothing."""
+    answered = time.monotonic()
+    while supernode.poll() is None and time.monotonic() - answered < LOST_AFTER:
+        if is_up(*server):
+            answered = time.monotonic()
+        time.sleep(2)
+    supernode.terminate()
 
 
 def wait_for_server(server: tuple[str, int], wait: float) -> None:

@@ -25,6 +25,7 @@ COLUMNS = {  # heading: key in metrics.json, and how it is shown
     "clients": ("clients", "7d"),
     "seconds": ("seconds", "7.1f"),
 }
+KEYS = [key for key, _ in COLUMNS.values()] + ["client_seconds", "dropped", "bytes_down", "bytes_up"]
 
 
 class Report:
@@ -50,7 +51,7 @@ class Report:
     def round(self, **numbers: float | None) -> None:
         """Add a round, and show it."""
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
-        row = {key: None for key, _ in COLUMNS.values()} | numbers | {"seconds": round(seconds, 3)}
+        row = dict.fromkeys(KEYS) | numbers | {"seconds": round(seconds, 3)}
         if not self.metrics["rounds"]:
             say("  ".join(COLUMNS))
         self.metrics["rounds"].append(row)

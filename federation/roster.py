@@ -37,7 +37,7 @@ class Roster:
         self.grid, self.config, self.root = grid, config, root
         self.digest = data_digest(data)
         self.samples = {"train": len(data[0][1]), "test": len(data[1][1])}
-        if (least := min(self.samples.values())) < int(config["num-clients"]):
+        if (least := min(self.samples.values())) < config["num-clients"]:
             raise ValueError(f"{least} samples cannot be split among {config['num-clients']} clients")
         self.partitions = 0  # how many there are: the first client to join settles it
         self.clients: dict[int, Client] = {}  # by node
@@ -106,8 +106,8 @@ class Roster:
             return wanted
         if old := [position for position, owner in taken.items() if name and owner == name]:
             return old[0]
-        places = range(self.partitions if copy else 10**6)
-        free = [p for p in places if p not in taken] or [p for p in places if p not in present]
+        places = range(self.partitions if copy else len(taken) + 1)
+        free = [place for place in places if place not in taken] or [place for place in places if place not in present]
         if not free:
             raise ValueError(f"all {self.partitions} partitions are taken; start the server with more --clients")
         return free[0]

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from federation.console import reason
+
 CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the arguments that it is called with
     "Net": (),
     "load_data": ("root",),
@@ -22,8 +24,8 @@ def load_task(name: str) -> ModuleType:
     """Import the task `name`. Raises ValueError where it cannot be imported or breaks the contract."""
     try:
         task = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"task {name!r} cannot be imported: {error}") from None
+    except Exception as error:  # whatever the script does when it is imported
+        raise ValueError(f"task {name!r} cannot be imported: {reason(error)}") from None
     for function, arguments in CONTRACT.items():
         _check_function(task, function, arguments)
     return task
