@@ -68,13 +68,14 @@ def evaluate(message: Message, context: Context) -> Message:
 @explained
 def join(message: Message, context: Context) -> Message:
     """Tell the server who this is, which partition it wants (-1: any), and which data it has."""
-    node = context.node_config
+    node, data = context.node_config, load_data(open_task(context), message, context)
+    say(f"joining with {len(data[0][1]):,} training and {len(data[1][1]):,} test samples at hand")
     facts = {
         "name": node.get("name", ""),
         "partition-id": node.get("partition-id", -1),
         "num-partitions": node.get("num-partitions", 0),
         "flwr": version("flwr"),
-        "data": data_digest(load_data(open_task(context), message, context)),
+        "data": data_digest(data),
     }
     return answer(message, client=ConfigRecord({**facts}))
 

@@ -92,13 +92,14 @@ class Session:
         return process
 
     def stop(self) -> None:
-        """Ask the processes to end, and give them a second: a SuperNode signs off, so that no server waits for it."""
+        """Ask the processes to end, and after a second make them: a SuperNode signs off, so that no server waits."""
+        deadline = time.monotonic() + 1
         for process in self.processes:
             process.terminate()
-        deadline = time.monotonic() + 1
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, deadline - time.monotonic()))
+        kill_all(self.home.name)
 
     def last_error(self) -> str:
         """Return what the log says last, without the frames and colours that Flower puts around it."""
@@ -132,12 +133,17 @@ def guard(home: Path) -> None:
     """Wait until the parent closes our standard input or dies, then kill all processes of its session."""
     with suppress(OSError):
         sys.stdin.read()
-    while marked := [process for process in psutil.process_iter() if _mark(process) == home.name]:
+    kill_all(home.name)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def kill_all(mark: str) -> None:
+    """Kill all processes that carry the mark, and those that they start meanwhile."""
+    while marked := [process for process in psutil.process_iter() if _mark(process) == mark]:
         for process in marked:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(marked, timeout=0.2)
-    shutil.rmtree(home, ignore_errors=True)
 
 
 def _mark(process: psutil.Process) -> str | None:
@@ -265,7 +271,7 @@ def join_run(server: tuple[str, int], wait: float, node_config: Config, threads:
         while True:
             wait_for_server(server, wait)
             supernode = start_supernode(ours, server, node_config | {"name": name})
-            Thread(target=watch, args=(supernode, server), daemon=True).start()
+            Thread(target=watch, args=(ours, supernode, server), daemon=True).start()
             status = relay(supernode, ours.log)
             if status is not None:
                 with suppress(subprocess.TimeoutExpired):
@@ -286,14 +292,14 @@ def start_supernode(ours: Session, server: tuple[str, int], node_config: Config)
     )  # fmt: skip
 
 
-def watch(supernode: "subprocess.Popen[str]", server: tuple[str, int]) -> None:
+def watch(ours: Session, supernode: "subprocess.Popen[str]", server: tuple[str, int]) -> None:
     """End a SuperNode whose server has gone for some time: left to itself, it would wait for ever and say nothing."""
     answered = time.monotonic()
     while supernode.poll() is None and time.monotonic() - answered < LOST_AFTER:
         if is_up(*server):
             answered = time.monotonic()
         time.sleep(2)
-    supernode.terminate()
+    ours.stop()
 
 
 def wait_for_server(server: tuple[str, int], wait: float) -> None:

@@ -1,0 +1,293 @@
+"""Errors of server.py and client.py: one line that names thing and value, the right status, nothing left behind."""
+
+import argparse
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+import cifar
+import client
+import server
+from federation import launch
+from tests.conftest import ROOT, Terminals
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Return a port that something listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Return a function that runs a program in this process, up to where it would start others: that fails the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cifar, "HOME", tmp_path / "cache" / "cifar10")
+    monkeypatch.setattr(launch, "session", lambda *_, **__: pytest.fail("it went on to start processes"))
+    for proxy in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nothing can be downloaded
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def command(name: str, *arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        with pytest.raises(SystemExit) as end:
+            launch.run_command({"server.py": server.command, "client.py": client.command}[name])
+        code = end.value.code
+        said = code + "\n" if isinstance(code, str) else ""
+        return 1 if said else int(code or 0), capsys.readouterr().err + said
+
+    yield command
+    signal.signal(signal.SIGTERM, handler)
+
+
+def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None:
+    """Check that a program ended with `status`, and its last line names what it should."""
+    assert outcome[0] == status, outcome[1]
+    *before, last = outcome[1].splitlines()
+    assert last.startswith(f"{name}: ") and all(text in last for text in named), outcome[1]
+    assert "Traceback" not in outcome[1]
+    assert [line for line in before if not line.startswith(("usage: ", "WARNING: "))] == [], "one line, and no more"
+
+
+# ------------------------------------------------------------------------------------------------ the server's line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--run-config", "rounds=3"], ["'rounds'", "num-server-rounds"]),
+        (["--run-config", "num-server-rounds=3 colour=1"], ["'colour'"]),
+        (["--run-config", "seed 3"], ["'seed 3'", "key=value"]),
+        (["--run-config", "none.toml"], ["none.toml", "No such file"]),
+        (["--run-config", 'num-server-rounds="3"'], ["num-server-rounds='3'", "int"]),
+        (["--run-config", "num-server-rounds=2.5"], ["num-server-rounds=2.5", "int"]),
+        (["--run-config", "batch-size=true"], ["batch-size=True", "int"]),
+        (["--run-config", 'learning-rate="fast"'], ["learning-rate='fast'", "float"]),
+        (["--run-config", "task=3"], ["task=3", "str"]),
+        (["--rounds", "0"], ["num-server-rounds=0", "1 to"]),
+        (["--rounds", "-1"], ["num-server-rounds=-1", "1 to"]),
+        (["--rounds", "three"], ["--rounds", "'three'"]),
+        (["--clients", "0"], ["num-clients=0", "1 to"]),
+        (["--clients", "1000000"], ["num-clients=1000000", "100000"]),
+        (["--run-config", "batch-size=0"], ["batch-size=0", "1 to"]),
+        (["--run-config", "learning-rate=-0.1"], ["learning-rate=-0.1", "0 to"]),
+        (["--run-config", "learning-rate=nan"], ["learning-rate=nan", "0 to"]),
+        (["--run-config", "fraction-train=0"], ["fraction-train=0", "to 1"]),
+        (["--run-config", "fraction-train=1.5"], ["fraction-train=1.5", "to 1"]),
+        (["--run-config", "seed=-1"], ["seed=-1", "0 to"]),
+        (["--run-config", "seed=1", "--run-config", "batch-size=0"], ["batch-size=0"]),
+        (["--simulate", "0"], ["0", "out of range"]),
+        (["--simulate", "-2"], ["-2", "out of range"]),
+        (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
+        (["--simulate", "2", "--clients", "0"], ["--clients"]),
+        (["--simulate", "2", "--address", "127.0.0.1:8080"], ["--simulate", "--address"]),
+        (["--colour", "red"], ["--colour"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_server_refuses_a_wrong_line(command: Command, arguments: list[str], named: list[str], tmp_path: Path) -> None:
+    check(command("server.py", *arguments), 2, "server.py", *named)
+    assert list(tmp_path.iterdir()) == [], "nothing is made before the line is understood"
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("server.py", "--address"), ("client.py", "--server")], ids=["server", "client"]
+)
+@pytest.mark.parametrize(
+    "address",
+    ["8080", ":8080", "localhost", "localhost:", "localhost:0", "localhost:65536", "localhost:-1", "localhost:http",
+     "http://localhost:8080", "[::1]", "local host:8080", ""],
+)  # fmt: skip
+def test_a_bad_address_is_refused(command: Command, name: str, option: str, address: str) -> None:
+    check(command(name, option, address), 2, name, option, repr(address), "HOST:PORT")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("127.0.0.1:8080", ("127.0.0.1", 8080)),
+        ("localhost:1", ("localhost", 1)),
+        ("flower.example.org:65535", ("flower.example.org", 65535)),
+        ("0.0.0.0:8080", ("0.0.0.0", 8080)),
+        ("[::1]:8080", ("::1", 8080)),
+        ("[::]:8080", ("::", 8080)),
+        ("[fe80::1%eth0]:8080", ("fe80::1%eth0", 8080)),
+    ],
+)
+def test_a_good_address_is_split(text: str, expected: tuple[str, int]) -> None:
+    assert launch.address(text) == expected
+
+
+def test_an_address_is_refused_with_an_example() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'here' is not HOST:PORT, such as 127\.0\.0\.1:8080"):
+        launch.address("here")
+
+
+# ------------------------------------------------------------------------------------------- the server's surroundings
+
+
+def test_server_names_a_data_folder_that_is_missing(command: Command, tmp_path: Path) -> None:
+    check(command("server.py", "--data", "nowhere"), 1, "server.py", str(tmp_path / "nowhere"), "does not exist")
+
+
+def test_server_names_a_data_folder_that_is_empty(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    check(command("server.py", "--data", "empty"), 1, "server.py", str(tmp_path / "empty"), "train/")
+
+
+def test_server_names_a_run_folder_that_cannot_be_written(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "run"
+    check(command("server.py", "--data", "embedded", "--out", str(out)), 1, "server.py", str(out), "--out")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write to")
+def test_server_names_a_run_folder_that_is_there_and_cannot_be_written(command: Command) -> None:
+    check(command("server.py", "--data", "embedded", "--out", "/proc"), 1, "server.py", "/proc", "--out")
+
+
+@pytest.mark.parametrize("task", ["no_such_task", "./cifar.py"])
+def test_server_names_a_task_that_is_not_there(command: Command, task: str) -> None:
+    check(command("server.py", "--task", task), 1, "server.py", task, "cannot be imported")
+
+
+def test_server_names_what_a_task_lacks(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (ROOT / "cifar.py").read_text("utf-8").replace("def train(", "def fit(")
+    (tmp_path / "a_task_without_train.py").write_text(source, "utf-8")
+    named = [str(tmp_path / "a_task_without_train.py"), "has no train()"]
+    check(command("server.py", "--task", "a_task_without_train"), 1, "server.py", *named)
+
+
+def test_server_names_a_port_that_is_taken(command: Command, port: int) -> None:
+    outcome = command("server.py", "--data", "embedded", "--address", f"127.0.0.1:{port}")
+    check(outcome, 1, "server.py", f"127.0.0.1:{port}", "in use", "--address")
+
+
+def test_server_names_an_address_that_is_not_its_own(command: Command) -> None:
+    outcome = command("server.py", "--data", "embedded", "--address", "192.0.2.1:8080")
+    check(outcome, 1, "server.py", "192.0.2.1:8080", "--address")
+
+
+def test_server_refuses_more_clients_than_samples(command: Command) -> None:
+    outcome = command("server.py", "--data", "embedded", "--clients", "2001")  # the embedded set has 2,000 for tests
+    check(outcome, 1, "server.py", "2001", "2000")
+
+
+def test_a_port_that_is_taken_leaves_the_results_of_its_owner_alone(
+    command: Command, port: int, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "runs" / "federated" / "metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text('{"status": "running"}')
+    check(command("server.py", "--data", "embedded", "--address", f"127.0.0.1:{port}"), 1, "server.py", str(port))
+    assert metrics.read_text() == '{"status": "running"}', "the server that holds the port is still running"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", True),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", False),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", False),
+        (b"", False),
+    ],
+    ids=["a server", "another web server", "no web server", "hangs up"],
+)
+def test_only_a_server_is_taken_for_one(answer: bytes, expected: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+
+        thread = Thread(target=serve)
+        thread.start()
+        assert launch.is_up(*listener.getsockname()) is expected
+        thread.join()
+
+
+# ---------------------------------------------------------------------------------------------------- the client's line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--partition-id", "0"], ["--partition-id", "--num-partitions"]),
+        (["--num-partitions", "2"], ["--partition-id", "--num-partitions"]),
+        (["--partition-id", "2", "--num-partitions", "2"], ["--partition-id 2", "0 to 1"]),
+        (["--partition-id", "-1", "--num-partitions", "2"], ["--partition-id -1", "0 to 1"]),
+        (["--partition-id", "0", "--num-partitions", "0"], ["--num-partitions 0"]),
+        (["--partition-id", "one", "--num-partitions", "2"], ["--partition-id", "'one'"]),
+        (["--wait", "-1"], ["--wait"]),
+        (["--wait", "nan"], ["--wait"]),
+        (["--wait", "long"], ["--wait", "'long'"]),
+        (["--threads", "0"], ["--threads"]),
+        (["--threads", "-1"], ["--threads"]),
+        (["--threads", "two"], ["--threads", "'two'"]),
+        (["--rounds", "3"], ["--rounds"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_client_refuses_a_wrong_line(command: Command, arguments: list[str], named: list[str]) -> None:
+    check(command("client.py", *arguments), 2, "client.py", *named)
+
+
+# ------------------------------------------------------------------------------------------------- as real processes
+
+
+LIGHT = """
+class Net: ...
+def load_data(root): return (range(9), range(9)), (range(9), range(9))
+def train(net, data, **settings): ...
+def test(net, data): ...
+"""  # a task that costs no time to import
+
+
+def check_nothing_is_left(terminals: Terminals) -> None:
+    assert terminals.processes() == []
+    assert terminals.leftovers() == []
+
+
+def test_wrong_lines_end_their_processes_with_status_2(terminals: Terminals) -> None:
+    server = terminals.open("server.py", "--run-config", "colour=1")
+    client = terminals.open("client.py", "--server", "nowhere")
+    check((server.wait(), server.text), 2, "server.py", "'colour'")
+    check((client.wait(), client.text), 2, "client.py", "'nowhere'")
+    check_nothing_is_left(terminals)
+
+
+def test_a_client_gives_up_when_there_is_no_server(terminals: Terminals) -> None:
+    address = f"127.0.0.1:{launch.free_port()}"
+    status, text = terminals.run("client.py", "--server", address, "--wait", "1")
+    first, last = text.splitlines()
+    assert first == f"waiting for a server at {address} (up to 1 s)"
+    check((status, last), 1, "client.py", f"no server at {address} within 1 s")
+    check_nothing_is_left(terminals)
+
+
+def test_a_port_that_is_taken_ends_the_servers_process(terminals: Terminals, port: int) -> None:
+    (terminals.folder / "light.py").write_text(LIGHT)
+    address = f"127.0.0.1:{port}"
+    outcome = terminals.run("server.py", "--task", "light", "--address", address, PYTHONPATH=str(terminals.folder))
+    check(outcome, 1, "server.py", address, "in use")
+    check_nothing_is_left(terminals)
+
+
+def test_a_task_is_found_where_python_looks_for_modules(terminals: Terminals) -> None:
+    (terminals.folder / "modules").mkdir()
+    (terminals.folder / "modules" / "half_a_task.py").write_text("def Net(): pass\ndef load_data(root): pass\n")
+    path = os.pathsep.join([str(terminals.folder / "modules"), os.environ.get("PYTHONPATH", "")])
+    outcome = terminals.run("server.py", "--task", "half_a_task", PYTHONPATH=path)
+    check(outcome, 1, "server.py", "half_a_task.py", "has no train()")
+    check_nothing_is_left(terminals)

@@ -1,0 +1,530 @@
+"""Who takes part, and in what order: the Roster on a Grid in memory, by a clock that costs no time."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.task_identity import TaskIdentity  # without one, no Message can be made outside of a run
+
+from federation import partition, roster, weights
+from federation.config import checked
+from federation.roster import Roster, seed_sampling
+from federation.task import data_digest
+
+DATA = (np.zeros((20, 2)), np.arange(20)), (np.zeros((12, 2)), np.arange(12))
+MODEL = ArrayRecord({"w": Array(np.arange(4, dtype=np.float32))})
+
+
+class Clock:
+    """Time that passes only while somebody sleeps, and what happens then."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events: list[tuple[float, Callable[[], object]]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 100, "waited in vain"
+        due = [event for event in self.events if event[0] <= self.now]
+        self.events = [event for event in self.events if event[0] > self.now]
+        for _, happen in sorted(due, key=lambda event: event[0]):
+            happen()
+
+    def at(self, moment: float, happen: Callable[[], object]) -> None:
+        self.events.append((moment, happen))
+
+
+@dataclass
+class FakeClient:
+    """A node and how it behaves. A delay of infinity means that it never answers."""
+
+    node: int
+    name: str = ""
+    wanted: int = -1
+    partitions: int = 0
+    data: str = data_digest(DATA)
+    flwr: str = version("flwr")
+    joins_after: float = 0.0
+    answers_after: float = 0.0
+    fails: str = ""
+    stays: bool = False
+    received: list[Message] = field(default_factory=list)
+
+    def answer(self, message: Message) -> Message:
+        if message.metadata.message_type == "query.join":
+            facts = {"name": self.name, "partition-id": self.wanted, "num-partitions": self.partitions}
+            facts |= {"flwr": self.flwr, "data": self.data}
+            return Message(RecordDict({"client": ConfigRecord(facts)}), reply_to=message)
+        if self.fails:
+            return Message(Error(1, self.fails), reply_to=message)
+        metrics = {"num-examples": 10, "node": self.node}
+        return Message(RecordDict({"arrays": MODEL, "metrics": MetricRecord(metrics)}), reply_to=message)
+
+    def of_type(self, message_type: str) -> list[Message]:
+        return [message for message in self.received if message.metadata.message_type == message_type]
+
+
+class FakeGrid(Grid):
+    """Nodes in memory. Like a SuperLink, it hands every reply out once, to the one who asks for it.
+
+    A message to a node that has gone is not stored: its id is "", and asking for that gives an error.
+    """
+
+    def __init__(self, clock: Clock, clients: Iterable[FakeClient]) -> None:
+        self.clock, self.online = clock, {client.node: client for client in clients}
+        self.replies: dict[str, tuple[float, Message]] = {}
+        self.messages = 0
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.online)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return [self.push(message) for message in messages]
+
+    def push(self, message: Message) -> str:
+        self.messages += 1
+        client = self.online.get(message.metadata.dst_node_id)
+        identity = str(self.messages) if client else ""
+        message.metadata.__dict__["_message_id"] = identity  # as the SuperLink does
+        if client is None:
+            self.replies[identity] = (self.clock.now, Message(Error(7, "message unavailable"), reply_to=message))
+            return identity
+        client.received.append(message)
+        if message.metadata.message_type == "query.leave":
+            if not client.stays:
+                self.clock.at(self.clock.now + 1, lambda: self.online.pop(client.node, None))
+            return identity
+        delay = client.joins_after if message.metadata.message_type == "query.join" else client.answers_after
+        self.replies[identity] = (self.clock.now + delay, client.answer(message))
+        return identity
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        wanted = sorted((self.replies[i][0], i) for i in message_ids if i in self.replies)
+        return [self.replies.pop(identity)[1] for moment, identity in wanted if moment <= self.clock.now]
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise NotImplementedError
+
+    send_and_receive = set_run = create_message
+    run = property(create_message)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    ours = Clock()
+    monkeypatch.setattr(roster, "time", ours)
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    yield ours
+    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
+
+
+def federation(clock: Clock, *clients: FakeClient, count: int = 2, **config: Any) -> tuple[Roster, FakeGrid]:
+    grid = FakeGrid(clock, clients)
+    settings = {key.replace("_", "-"): value for key, value in config.items()}
+    return Roster(grid, checked({"num-clients": count} | settings), "/data", DATA), grid
+
+
+def places(ours: Roster) -> dict[int, int]:
+    """Return the position of each node that has one."""
+    return {node: client.position for node, client in ours.clients.items()}
+
+
+def train(ours: Roster, server_round: int = 1, strategy: FedAvg | None = None) -> list[int]:
+    """Play the training half of a round; return the positions that answered, in the order of the replies."""
+    strategy = strategy or FedAvg(min_train_nodes=1, min_available_nodes=1)
+    replies = ours.ask(strategy.configure_train(server_round, MODEL, ConfigRecord(), ours), "training")
+    return [ours.clients[int(reply.content["metrics"]["node"])].position for reply in replies]
+
+
+# ----------------------------------------------------------------------------------------------------- places
+
+
+def test_partitions_are_handed_out_in_order_of_arrival(clock: Clock) -> None:
+    late, early = FakeClient(11, "a/0", joins_after=3), FakeClient(7, "b/0")
+    ours, _ = federation(clock, late, early)
+    ours.wait_for(2)
+    assert places(ours) == {7: 0, 11: 1}
+
+
+def test_a_client_holds_the_rows_of_its_partition(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    clients = [FakeClient(node, f"host/{node}") for node in (1, 2, 3)]
+    ours, _ = federation(clock, *clients, count=3, seed=5)
+    ours.wait_for(3)
+    train(ours)
+    for client in clients:
+        rows = client.of_type("train")[0].content["rows"]
+        position = places(ours)[client.node]
+        assert rows["train"].numpy().tolist() == partition.iid(20, 3, 5)[position].tolist()
+        assert rows["test"].numpy().tolist() == partition.iid(12, 3, 5)[position].tolist()
+    assert "client 0 joined from host/1: 7 samples of 20" in capsys.readouterr().out
+
+
+def test_more_clients_than_samples_are_refused_at_once(clock: Clock) -> None:
+    with pytest.raises(ValueError, match="12 samples cannot be split among 13 clients"):
+        federation(clock, count=13)
+
+
+def test_an_explicit_partition_is_respected(clock: Clock) -> None:
+    chooser, other = FakeClient(1, "a/0", wanted=1, partitions=2), FakeClient(2, "b/0", joins_after=1)
+    ours, _ = federation(clock, chooser, other)
+    ours.wait_for(2)
+    assert places(ours) == {1: 1, 2: 0}
+
+
+def test_the_first_client_settles_the_number_of_partitions(clock: Clock) -> None:
+    first, second = FakeClient(1, "a/0", wanted=3, partitions=5), FakeClient(2, "b/0", joins_after=1)
+    ours, _ = federation(clock, first, second)
+    ours.wait_for(2)
+    train(ours)
+    assert places(ours) == {1: 3, 2: 0}
+    assert [len(c.of_type("train")[0].content["rows"]["train"].numpy()) for c in (first, second)] == [4, 4]
+
+
+def assert_refused(grid: FakeGrid, ours: Roster, client: FakeClient, why: str) -> None:
+    """Check that `client` has no place, was told why, and has gone."""
+    (goodbye,) = client.of_type("query.leave")
+    assert why in str(goodbye.content["goodbye"]["error"])
+    assert client.node not in ours.clients and client.node not in grid.online
+    assert client.of_type("train") == []
+
+
+def test_a_partition_that_is_taken_is_refused(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    owner = FakeClient(1, "a/0", wanted=0, partitions=2)
+    thief = FakeClient(2, "b/0", wanted=0, partitions=2, joins_after=1)
+    ours, grid = federation(clock, owner, thief)
+    clock.at(20, lambda: grid.online.update({3: FakeClient(3, "c/0")}))
+    ours.wait_for(2)
+    assert_refused(grid, ours, thief, "partition 0 is taken by a/0")
+    assert places(ours) == {1: 0, 3: 1}
+    assert "b/0 may not join: partition 0 is taken by a/0" in capsys.readouterr().out
+
+
+def test_another_number_of_partitions_is_refused(clock: Clock) -> None:
+    first = FakeClient(1, "a/0", wanted=0, partitions=2)
+    odd = FakeClient(2, "b/0", wanted=1, partitions=4, joins_after=1)
+    ours, grid = federation(clock, first, odd)
+    clock.at(20, lambda: grid.online.update({3: FakeClient(3, "c/0")}))
+    ours.wait_for(2)
+    assert_refused(grid, ours, odd, "it counts 4 partitions, but this run has 2")
+
+
+def test_a_client_that_is_refused_settles_nothing(clock: Clock) -> None:
+    absurd = FakeClient(1, "a/0", wanted=0, partitions=1000)  # more than there are samples
+    ours, grid = federation(clock, absurd)
+    clock.at(20, lambda: grid.online.update({2: FakeClient(2, "b/0"), 3: FakeClient(3, "c/0")}))
+    ours.wait_for(2)
+    assert_refused(grid, ours, absurd, "cannot be split among 1000")
+    assert sorted(places(ours).values()) == [0, 1]
+
+
+def test_one_client_too_many_is_refused(clock: Clock) -> None:
+    clients = [FakeClient(node, f"host/{node}", joins_after=node / 10) for node in (1, 2, 3)]
+    ours, grid = federation(clock, *clients)
+    ours.wait_for(2)
+    assert_refused(grid, ours, clients[2], "all 2 partitions are taken")
+    assert places(ours) == {1: 0, 2: 1}
+
+
+@pytest.mark.parametrize("gone", [True, False])  # a killed client counts as online for a while
+def test_a_client_that_comes_back_gets_its_old_partition(clock: Clock, gone: bool) -> None:
+    clients = [FakeClient(node, f"host/{node}", joins_after=node / 10) for node in (1, 2, 3)]
+    ours, grid = federation(clock, *clients, count=3)
+    ours.wait_for(3)
+    assert places(ours) == {1: 0, 2: 1, 3: 2}
+    if gone:
+        del grid.online[2]
+    grid.online[9] = FakeClient(9, "host/2")
+    ours.wait_for(3)
+    ours.greet()
+    assert places(ours) == {1: 0, 9: 1, 3: 2}
+    assert ours.get_node_ids() == [1, 9, 3]
+
+
+def test_a_client_that_comes_back_may_name_its_partition(clock: Clock) -> None:
+    ours, grid = federation(clock, FakeClient(1, "a/0", wanted=1, partitions=2))
+    ours.wait_for(1)
+    grid.online[2] = FakeClient(2, "a/0", wanted=1, partitions=2)
+    ours.greet()
+    assert places(ours) == {2: 1}
+
+
+def test_a_new_client_takes_the_place_of_one_that_has_gone(clock: Clock) -> None:
+    clients = [FakeClient(node, f"host/{node}", joins_after=node / 10) for node in (1, 2)]
+    ours, grid = federation(clock, *clients)
+    ours.wait_for(2)
+    del grid.online[1]
+    grid.online[5] = FakeClient(5, "elsewhere/0")
+    ours.wait_for(2)
+    assert places(ours) == {2: 1, 5: 0}
+
+
+def test_a_client_with_other_data_gets_no_rows(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    own = [FakeClient(node, f"site/{node}", data="another digest") for node in (1, 2, 3)]
+    ours, _ = federation(clock, *own)  # three, though only two are waited for
+    ours.wait_for(3)
+    assert sorted(train(ours)) == [0, 1, 2]
+    assert all("rows" not in client.of_type("train")[0].content for client in own)
+    assert "client 0 joined from site/1: data of its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("theirs", ["1.40.0", "2.0.0", "1.42.0"])
+def test_another_version_of_flower_is_refused(clock: Clock, theirs: str) -> None:
+    ours_is = version("flwr")
+    stranger, fine = FakeClient(1, "a/0", flwr=theirs), FakeClient(2, "b/0", joins_after=20)
+    ours, grid = federation(clock, stranger, fine, count=1)
+    ours.wait_for(1)
+    assert_refused(grid, ours, stranger, f"it runs Flower {theirs}, the server {ours_is}")
+    assert places(ours) == {2: 0}
+
+
+def test_another_patch_of_flower_is_welcome(clock: Clock) -> None:
+    minor = ".".join(version("flwr").split(".")[:2])
+    ours, _ = federation(clock, FakeClient(1, "a/0", flwr=f"{minor}.99"), count=1)
+    ours.wait_for(1)
+    assert places(ours) == {1: 0}
+
+
+# ---------------------------------------------------------------------------------------------------- presence
+
+
+def test_waits_until_enough_are_here(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, grid = federation(clock, FakeClient(1, "a/0"))
+    clock.at(30, lambda: grid.online.update({2: FakeClient(2, "b/0")}))
+    ours.wait_for(2)
+    assert 30 <= clock.now <= 31 + 2 * roster.POLL
+    assert "waiting for 2 clients, 1 here" in capsys.readouterr().out
+
+
+def test_does_not_count_a_client_that_has_gone(clock: Clock) -> None:
+    ours, grid = federation(clock, FakeClient(1, "a/0"))
+    clock.at(5, lambda: grid.online.pop(1))
+    clock.at(10, lambda: grid.online.update({2: FakeClient(2, "b/0")}))
+    clock.at(20, lambda: grid.online.update({3: FakeClient(3, "c/0")}))
+    ours.wait_for(2)
+    assert clock.now >= 20 and ours.get_node_ids() == sorted(places(ours), key=places(ours).__getitem__)
+    assert set(ours.get_node_ids()) == {2, 3}
+
+
+def test_does_not_wait_for_a_node_that_goes_before_it_has_joined(clock: Clock) -> None:
+    ours, grid = federation(clock, FakeClient(1, "a/0"), FakeClient(2, "b/0", joins_after=math.inf), count=1)
+    clock.at(5, lambda: grid.online.pop(2))
+    ours.wait_for(1)
+    assert 5 <= clock.now < 6 and places(ours) == {1: 0}
+
+
+def test_a_client_that_fails_to_join_is_named_and_left_alone(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = FakeClient(1)
+    broken.answer = lambda message: Message(Error(1, "no\nsuch data"), reply_to=message)  # type: ignore[method-assign]
+    ours, _ = federation(clock, broken, FakeClient(2, "b/0"), count=1)
+    ours.wait_for(1)
+    assert places(ours) == {2: 0}
+    assert "a client could not join: no such data" in capsys.readouterr().out
+
+
+def test_order_depends_on_partitions_only(clock: Clock) -> None:
+    nodes = [900, 3, 512, 77]
+    clients = [FakeClient(node, f"h/{node}", wanted=i, partitions=4) for i, node in enumerate(nodes)]
+    for order in (clients, clients[::-1], clients[2:] + clients[:2]):
+        ours, _ = federation(clock, *order, count=4)
+        ours.wait_for(4)
+        assert ours.get_node_ids() == nodes
+
+
+# ------------------------------------------------------------------------------------------------------ replies
+
+
+def test_a_message_is_the_strategys_with_the_place_of_the_client_added(clock: Clock) -> None:
+    client = FakeClient(4, "a/0")
+    ours, _ = federation(clock, client, count=1)
+    ours.wait_for(1)
+    train(ours, server_round=3)
+    (message,) = client.of_type(MessageType.TRAIN)
+    assert message.content["config"]["server-round"] == 3
+    assert weights.sha256(message.content["arrays"]) == weights.sha256(MODEL)
+    assert dict(message.content["client"]) == {"position": 0, "data": "/data"}
+    assert message.metadata.dst_node_id == 4
+
+
+def test_what_one_client_is_sent_is_not_sent_to_another(clock: Clock) -> None:
+    clients = [FakeClient(node, f"h/{node}", joins_after=node / 10) for node in (1, 2, 3)]
+    ours, _ = federation(clock, *clients, count=3)
+    ours.wait_for(3)
+    train(ours)
+    assert [client.of_type("train")[0].content["client"]["position"] for client in clients] == [0, 1, 2]
+    rows = [client.of_type("train")[0].content["rows"]["train"].numpy().tolist() for client in clients]
+    assert sorted(chain(*rows)) == list(range(20))
+
+
+def test_replies_come_in_order_of_partition_whatever_the_order_of_arrival(clock: Clock) -> None:
+    delays = [3.0, 0.5, 2.0, 0.0]
+    clients = [FakeClient(i + 1, f"h/{i}", i, 4, answers_after=delay) for i, delay in enumerate(delays)]
+    ours, _ = federation(clock, *clients[::-1], count=4)
+    ours.wait_for(4)
+    assert train(ours) == [0, 1, 2, 3]
+
+
+def test_errors_are_dropped_said_and_counted(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, _ = federation(clock, FakeClient(1, "a/0", fails="out of memory"), FakeClient(2, "b/0", joins_after=1))
+    ours.wait_for(2)
+    assert train(ours) == [1]
+    assert ours.tally()["dropped"] == 1
+    assert ours.tally()["dropped"] == 0
+    assert "client 0 (a/0) is left out: out of memory" in capsys.readouterr().out
+    assert train(ours, 2) == [1], "it is asked again in the next round"
+
+
+def test_a_client_that_leaves_while_it_is_asked_is_not_waited_for(clock: Clock) -> None:
+    silent = FakeClient(1, "a/0", answers_after=math.inf)
+    ours, grid = federation(clock, silent, FakeClient(2, "b/0", joins_after=1, answers_after=2))
+    ours.wait_for(2)
+    started = clock.now
+    clock.at(started + 5, lambda: grid.online.pop(1))
+    assert train(ours) == [1]
+    assert 5 <= clock.now - started <= 5 + roster.PRESENCE + 2 * roster.POLL
+    assert ours.tally()["dropped"] == 1
+
+
+def test_clients_that_go_before_they_are_asked_are_dropped_and_counted(clock: Clock) -> None:
+    ours, grid = federation(clock, *(FakeClient(i, f"h/{i}", i, 3) for i in range(3)), count=3)
+    ours.wait_for(3)
+    messages = FedAvg(min_available_nodes=1).configure_train(1, MODEL, ConfigRecord(), ours)
+    grid.online = {2: grid.online[2]}
+    replies = ours.ask(messages, "training")
+    assert [reply.content["metrics"]["node"] for reply in replies] == [2]
+    assert ours.tally()["dropped"] == 2
+
+
+def test_a_reply_that_arrived_counts_even_if_its_client_has_gone_since(clock: Clock) -> None:
+    quick = FakeClient(1, "a/0", answers_after=1)
+    ours, grid = federation(clock, quick, FakeClient(2, "b/0", joins_after=1, answers_after=8))
+    ours.wait_for(2)
+    clock.at(clock.now + 3, lambda: grid.online.pop(1))
+    assert train(ours) == [0, 1]
+
+
+def test_nobody_is_waited_for_beyond_the_timeout(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = FakeClient(1, "a/0", answers_after=math.inf)
+    ours, _ = federation(clock, slow, FakeClient(2, "b/0", joins_after=1), round_timeout=7)
+    ours.wait_for(2)
+    started = clock.now
+    assert train(ours) == [1]
+    assert 7 <= clock.now - started <= 7 + roster.POLL
+    assert ours.tally()["dropped"] == 1
+    assert "client 0 (a/0) is left out: no reply within 7 s" in capsys.readouterr().out
+
+
+def test_a_late_reply_is_not_taken_for_one_of_the_next_round(clock: Clock) -> None:
+    slow = FakeClient(1, "a/0", answers_after=9)
+    ours, _ = federation(clock, slow, FakeClient(2, "b/0", joins_after=1), round_timeout=7)
+    ours.wait_for(2)
+    assert train(ours, 1) == [1]
+    slow.answers_after = 3
+    assert train(ours, 2) == [0, 1]
+    assert len(slow.of_type("train")) == 2
+
+
+def test_rows_are_sent_until_they_are_confirmed_and_then_no_more(clock: Clock) -> None:
+    client = FakeClient(1, "a/0", fails="busy")
+    ours, grid = federation(clock, client, count=1)
+    ours.wait_for(1)
+    train(ours, 1)
+    client.fails = ""
+    train(ours, 2)
+    train(ours, 3)
+    assert ["rows" in message.content for message in client.of_type("train")] == [True, True, False]
+    again = FakeClient(2, "a/0")
+    grid.online = {2: again}
+    ours.wait_for(1)
+    train(ours, 4)
+    assert ["rows" in message.content for message in again.of_type("train")] == [True], "a new process knows nothing"
+
+
+def test_bytes_are_counted_both_ways(clock: Clock) -> None:
+    clients = [FakeClient(node, f"h/{node}", joins_after=node / 10) for node in (1, 2)]
+    ours, _ = federation(clock, *clients)
+    ours.wait_for(2)
+    train(ours)
+    rows = sum(weights.size(client.of_type("train")[0].content["rows"]) for client in clients)
+    model = weights.size(MODEL)
+    assert rows > 20 * 4 + 12 * 4
+    assert ours.tally() == {"dropped": 0, "bytes_down": 2 * model + rows, "bytes_up": 2 * model}
+    train(ours, 2)
+    assert ours.tally() == {"dropped": 0, "bytes_down": 2 * model, "bytes_up": 2 * model}
+    assert ours.tally() == {"dropped": 0, "bytes_down": 0, "bytes_up": 0}
+
+
+def test_asking_nobody_returns_at_once(clock: Clock) -> None:
+    ours, _ = federation(clock)
+    assert ours.ask([], "testing") == []
+    assert clock.now == 0
+
+
+# ----------------------------------------------------------------------------------------------------- sampling
+
+
+def sampled(clock: Clock, nodes: list[int], seed: int, server_round: int) -> list[int]:
+    """Return which positions FedAvg samples, in its order, where node i of `nodes` holds partition i."""
+    clients = [FakeClient(node, f"h/{node}", i, len(nodes)) for i, node in enumerate(nodes)]
+    ours, _ = federation(clock, *sorted(clients, key=lambda client: client.node), count=len(nodes))
+    ours.wait_for(len(nodes))
+    strategy = FedAvg(fraction_train=0.5, min_train_nodes=1, min_available_nodes=1)
+    seed_sampling(seed, server_round)
+    messages = strategy.configure_train(server_round, MODEL, ConfigRecord(), ours)
+    return [places(ours)[message.metadata.dst_node_id] for message in messages]
+
+
+def test_sampling_is_a_function_of_seed_and_round_whatever_the_node_ids(clock: Clock) -> None:
+    for server_round in range(1, 6):
+        one = sampled(clock, [10, 20, 30, 40, 50, 60], 7, server_round)
+        other = sampled(clock, [66, 5, 44, 33, 222, 11], 7, server_round)
+        assert one == other and len(set(one)) == 3
+
+
+def test_sampling_changes_with_round_and_seed(clock: Clock) -> None:
+    nodes = [10, 20, 30, 40, 50, 60]
+    rounds = {tuple(sorted(sampled(clock, nodes, 7, server_round))) for server_round in range(1, 9)}
+    seeds = {tuple(sorted(sampled(clock, nodes, seed, 1))) for seed in range(8)}
+    assert len(rounds) > 2 and len(seeds) > 2
+    assert set().union(*rounds) == set(range(6)), "everybody has a turn"
+
+
+# ------------------------------------------------------------------------------------------------------- leaving
+
+
+@pytest.mark.parametrize("error", ["", "round 1: no client returned a model"])
+def test_all_are_told_the_end_and_it_waits_until_they_have_gone(clock: Clock, error: str) -> None:
+    clients = [FakeClient(node, f"h/{node}", joins_after=node / 10) for node in (1, 2)]
+    ours, grid = federation(clock, *clients)
+    ours.wait_for(2)
+    started = clock.now
+    ours.send_away(error)
+    assert [str(c.of_type("query.leave")[0].content["goodbye"]["error"]) for c in clients] == [error, error]
+    assert grid.online == {} and clock.now - started <= 1 + roster.POLL
+
+
+def test_one_who_stays_is_not_waited_for_for_ever(clock: Clock) -> None:
+    ours, _ = federation(clock, FakeClient(1, "a/0", stays=True), count=1)
+    ours.wait_for(1)
+    started = clock.now
+    ours.send_away()
+    assert clock.now - started <= 15 + roster.POLL
+
+
+def test_simulated_clients_which_have_no_name_are_not_waited_for(clock: Clock) -> None:
+    clients = [FakeClient(node, "", wanted=i, partitions=2, stays=True) for i, node in enumerate((1, 2))]
+    ours, _ = federation(clock, *clients)
+    ours.wait_for(2)
+    started = clock.now
+    ours.send_away()
+    assert clock.now == started and all(client.of_type("query.leave") == [] for client in clients)
