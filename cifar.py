@@ -9,8 +9,10 @@ Images stay in memory as bytes and are normalised a batch at a time, so an epoch
 
 import argparse
 import hashlib
+import io
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -155,10 +157,11 @@ def load_split(root: Path, split: str) -> Data:
     folder = root / split if (root / "train").is_dir() else root / ORIGINAL
     if not folder.is_dir():
         raise ValueError(f"{root} has no folder {split}/; images belong in {split}/<class>/")
-    cache = HOME.parent / "cifar10-decoded" / f"{split}-{fingerprint(folder)}.npy"
+    classes = sorted(path.name for path in root.glob("train/*/"))
+    cache = HOME.parent / "cifar10-decoded" / f"{split}-{fingerprint(folder, classes)}.npy"
     try:
         decoded = np.load(cache, mmap_mode="c")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         decoded = decode(root, split)
         try:
             write_atomically(cache, lambda path: np.save(path, decoded))
@@ -168,9 +171,9 @@ def load_split(root: Path, split: str) -> Data:
     return torch.from_numpy(images).view(-1, 32, 32, 3), torch.from_numpy(labels).long()
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, classes: list[str]) -> str:
     """Digest the names, sizes and times of all files below `folder`, so that an edited data set is decoded anew."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(classes).encode())
     for directory, _, _ in sorted(os.walk(folder)):
         with os.scandir(directory) as entries:
             facts = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
@@ -188,7 +191,7 @@ def decode(root: Path, split: str) -> np.ndarray:
             return np.concatenate([np.array(original.targets, np.uint8), original.data.ravel()])
         folder, classes = ImageFolder(root / split), ImageFolder(root / "train").classes
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"no usable data in {root}: {error}") from None
+        raise ValueError(f"no usable data in {root}: {error}; remove or mend it") from None
     if len(classes) != CLASSES or folder.classes != classes:
         raise ValueError(f"{root / split} has the {len(folder.classes)} classes {', '.join(folder.classes)}; "
                          f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
@@ -198,7 +201,7 @@ def decode(root: Path, split: str) -> np.ndarray:
     for row, (path, _) in enumerate(tqdm(folder.samples, f"reading {split} images", leave=False, disable=None)):
         try:
             pixels[row] = np.asarray(folder.loader(path).resize((32, 32))).ravel()
-        except OSError as error:
+        except Exception as error:  # each format has its own
             raise ValueError(f"image {path} is damaged: {error}") from None
     return decoded
 
@@ -246,13 +249,14 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"cifar.py: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"cifar.py: stopped; the last finished epoch is in {args.out}")
+        sys.exit("cifar.py: stopped")
 
 
 def run(args: argparse.Namespace) -> None:
     """Train for `args.epochs`, and print a line and save the model after each."""
     device = pick_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()  # a folder that cannot be written should show before the training
     source = find_data(args.data)
     train_data, test_data = load_data(source)
     print(f"{len(train_data[1]):,} training and {len(test_data[1]):,} test images: {source}; device: {device}")
@@ -265,7 +269,8 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         test_loss, accuracy = test(net, test_data, device=args.device)
         print(f"{epoch:5}  {train_loss:10.4f}  {test_loss:9.4f}  {accuracy:8.4f}  {seconds:7.1f}", flush=True)
-        write_atomically(args.out / "model.pt", lambda path: torch.save(net.state_dict(), path))
+        torch.save(net.state_dict(), model := io.BytesIO())
+        write_atomically(args.out / "model.pt", lambda path: path.write_bytes(model.getvalue()))
 
     train(
         net, train_data, epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed,
@@ -275,11 +280,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def number(kind: Callable[[str], float], least: float) -> Callable[[str], float]:
-    """Return an argparse type for a finite `kind` of number that is at least `least`."""
+    """Return an argparse type for a `kind` of number between `least` and 2³¹ - 1."""
 
     def parse(text: str) -> float:
-        if not least <= (value := kind(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {least} is the least")
+        if not least <= (value := kind(text)) < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {least} to {2**31 - 1} is allowed")
         return value
 
     parse.__name__ = kind.__name__

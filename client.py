@@ -9,6 +9,7 @@ own `train`, `evaluate` its `test`, on the samples that are this client's.
 
 import argparse
 import time
+import uuid
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -74,6 +75,7 @@ def join(message: Message, context: Context) -> Message:
         "name": node.get("name", ""),
         "partition-id": node.get("partition-id", -1),
         "num-partitions": node.get("num-partitions", 0),
+        "machine": f"{uuid.getnode():x}",
         "flwr": version("flwr"),
         "data": data_digest(data),
     }
@@ -134,10 +136,13 @@ def command() -> int:
     args = parser.parse_args()
     if (args.partition_id is None) != (args.num_partitions is None):
         parser.error("--partition-id and --num-partitions go together")
-    if args.num_partitions is not None and not 0 <= args.partition_id < args.num_partitions:
+    for option, value in (("--num-partitions", args.num_partitions), ("--threads", args.threads)):
+        if value is not None and value < 1:
+            parser.error(f"{option} {value}: 1 or more is needed")
+    if args.num_partitions and not 0 <= args.partition_id < args.num_partitions:
         parser.error(f"--partition-id {args.partition_id} is not one of 0 to {args.num_partitions - 1}")
-    if args.wait < 0 or (args.threads or 1) < 1:
-        parser.error("--wait needs 0 or more, --threads 1 or more")
+    if not args.wait >= 0:
+        parser.error(f"--wait {args.wait:g}: 0 or more is needed")
     wishes = {"data": args.data, "partition-id": args.partition_id, "num-partitions": args.num_partitions}
     node_config = {key: value for key, value in wishes.items() if value is not None}
     return launch.join_run(args.server, args.wait, node_config, args.threads)

@@ -20,7 +20,7 @@ from federation import launch, weights
 from federation.config import checked, parse
 from federation.console import explained_run, reason
 from federation.report import Report, mark_failed
-from federation.roster import Roster, seed_sampling
+from federation.roster import Roster, check_enough, seed_sampling
 from federation.task import find_data, initial_net, load_task
 
 app = ServerApp()
@@ -104,7 +104,7 @@ def command() -> int:
     parser.add_argument("--address", type=launch.address, metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")
     args = vars(parser.parse_args())
     simulate, address = args.pop("simulate"), args.pop("address")
-    if simulate is not None and (address or args["num-clients"]):
+    if simulate is not None and (address or args["num-clients"] is not None):
         parser.error("--simulate N plays all clients here: it goes with neither --clients nor --address")
     try:
         overrides = {key: value for text in args.pop("run_config") for key, value in parse(text).items()}
@@ -115,9 +115,11 @@ def command() -> int:
     config["out"] = launch.writable(config["out"])
     task = load_task(config["task"])
     config["data"] = find_data(task, config["data"])
-    task.load_data(config["data"] or None)  # here rather than in the run, so that errors and progress show at once
+    check_enough(task.load_data(config["data"] or None), config)  # before the run, so that errors show at once
+    if simulate is None:
+        launch.check_free(address := address or ("127.0.0.1", 8080))
     try:
-        return launch.host_run(address or ("127.0.0.1", 8080), config, simulate or 0)
+        return launch.host_run(address, config, simulate or 0)
     finally:
         mark_failed(Path(config["out"]))
 

@@ -5,6 +5,7 @@ ends, and then kills whatever carries the mark: nothing of ours survives Ctrl-C 
 """
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -176,8 +177,13 @@ def relay(process: "subprocess.Popen[str]", log: IO[str]) -> int | None:
 def address(text: str) -> tuple[str, int]:
     """Split HOST:PORT, where HOST is a name, an IPv4 address or an IPv6 address in brackets."""
     host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if (
+        not re.fullmatch(r"[\w.:%-]+" if bracketed else r"[\w.-]+", host)
+        or not port.isdecimal()
+        or not 0 < int(port) < 65536
+    ):
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080")
     return host, int(port)
 
@@ -194,13 +200,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def check_free(host: str, port: int) -> None:
+def check_free(address: tuple[str, int]) -> None:
     """Raise LaunchError if the server cannot listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        socket.create_server(address, family=family).close()
     except OSError as error:
-        raise LaunchError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --address") from None
+        raise LaunchError(f"cannot listen on {shown(address)}: {error.strerror}; choose another --address") from None
 
 
 def is_up(host: str, port: int) -> bool:
@@ -210,7 +216,7 @@ def is_up(host: str, port: int) -> bool:
     try:
         with opener.open(f"http://{shown((host, port))}/health", timeout=2) as response:
             return bool(response.status == 200)
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
@@ -223,7 +229,6 @@ def host_run(address: tuple[str, int], run_config: Config, simulated_clients: in
     With `simulated_clients`, Flower's Simulation Engine plays that many clients, each on one core.
     """
     host, port = ("127.0.0.1", free_port()) if simulated_clients else address
-    check_free(host, port)
     with session(Path(str(run_config["out"])) / "log.txt") as ours:
         superlink = ours.start(
             "flower-superlink", "--insecure", "--host", host, "--port", str(port),
@@ -248,7 +253,9 @@ def submit(
         f'[superlink.ours]\naddress = "{shown(address)}"\ninsecure = true\n', "utf-8"
     )
     overrides = ours.home / "run-config.toml"
-    overrides.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()), "utf-8")
+    overrides.write_text(
+        "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in run_config.items()), "utf-8"
+    )
     command = ["flwr", "run", str(ROOT), "ours", "--stream", "--run-config", str(overrides)]
     if simulated_clients:
         command += [
@@ -285,7 +292,7 @@ def join_run(server: tuple[str, int], wait: float, node_config: Config, threads:
 def start_supernode(ours: Session, server: tuple[str, int], node_config: Config) -> "subprocess.Popen[str]":
     ours.log.seek(0)
     ours.log.truncate()
-    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in node_config.items())
+    settings = " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in node_config.items())
     return ours.start(
         "flower-supernode", "--insecure", "--superlink", shown(server),
         "--port", str(free_port()), "--node-config", settings,

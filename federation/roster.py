@@ -24,7 +24,8 @@ class Client:
     """A client that has joined. `position` is its partition, or for one with data of its own, its number."""
 
     node: int
-    name: str
+    name: str  # its host, and its place there; "" if client.py did not start it
+    key: str  # the same, told apart from other machines of that name
     position: int
     rows: ArrayRecord | None
     informed: bool = False  # it has confirmed a message that told it its rows
@@ -37,8 +38,7 @@ class Roster:
         self.grid, self.config, self.root = grid, config, root
         self.digest = data_digest(data)
         self.samples = {"train": len(data[0][1]), "test": len(data[1][1])}
-        if (least := min(self.samples.values())) < config["num-clients"]:
-            raise ValueError(f"{least} samples cannot be split among {config['num-clients']} clients")
+        check_enough(data, config)
         self.partitions = 0  # how many there are: the first client to join settles it
         self.clients: dict[int, Client] = {}  # by node
         self.joining: dict[str, int] = {}  # message id: node
@@ -62,7 +62,8 @@ class Roster:
         self.met |= strangers
         if strangers:
             hello = RecordDict({"client": ConfigRecord({"data": self.root})})
-            self.joining |= zip(self.send(hello, "join", strangers), strangers, strict=True)
+            asked = zip(self.send(hello, "join", strangers), strangers, strict=True)
+            self.joining |= {message: node for message, node in asked if message}  # no id: it has gone already
         for reply in self.grid.pull_messages(list(self.joining)) if self.joining else ():
             self.seat(self.joining.pop(reply.metadata.reply_to_message_id), reply)
         online = set(self.grid.get_node_ids()) if self.joining else set()
@@ -82,39 +83,41 @@ class Roster:
         name, copy = facts["name"], facts["data"] == self.digest
         try:
             check_version(facts["flwr"])
-            position = self.place(name, facts["partition-id"], facts["num-partitions"], copy)
-            rows = self.rows_of(position) if copy else None
+            key = name and f"{name} {facts['machine']}"
+            partitions = self.partitions or facts["num-partitions"] or self.config["num-clients"]
+            position = self.place(key, facts["partition-id"], facts["num-partitions"], partitions, copy)
+            rows = self.rows_of(position, partitions) if copy else None
         except ValueError as error:
             say(f"{name} may not join: {error}")
             self.send_away(str(error), node)
             return
+        self.partitions = partitions
         self.clients = {n: client for n, client in self.clients.items() if client.position != position}
-        self.clients[node] = Client(node, name, position, rows)
+        self.clients[node] = Client(node, name, key, position, rows)
         share = f"{len(rows['train'].numpy()):,} samples of {self.samples['train']:,}" if rows else "data of its own"
         say(f"client {position} joined{' from ' * bool(name)}{name}: {share}")
 
-    def place(self, name: str, wanted: int, partitions: int, copy: bool) -> int:
+    def place(self, key: str, wanted: int, counted: int, partitions: int, copy: bool) -> int:
         """Return the partition of a client: its old one, the one it wants, or the first that is free."""
-        taken = {client.position: client.name for client in self.clients.values()}
-        self.partitions = self.partitions or partitions or self.config["num-clients"]
+        taken = {client.position: client for client in self.clients.values()}
         present = {client.position for client in self.present()}
         if wanted >= 0:
-            if partitions != self.partitions:
-                raise ValueError(f"it counts {partitions} partitions, but this run has {self.partitions}")
-            if wanted in present and not (name and taken[wanted] == name):
-                raise ValueError(f"partition {wanted} is taken by {taken[wanted]}")
+            if counted != partitions:
+                raise ValueError(f"it counts {counted} partitions, but this run has {partitions}")
+            if wanted in present and not (key and taken[wanted].key == key):
+                raise ValueError(f"partition {wanted} is taken by {taken[wanted].name or 'another client'}")
             return wanted
-        if old := [position for position, owner in taken.items() if name and owner == name]:
+        if old := [position for position, owner in taken.items() if key and owner.key == key]:
             return old[0]
-        places = range(self.partitions if copy else len(taken) + 1)
+        places = range(partitions) if copy else range(partitions, partitions + len(taken) + 1)
         free = [place for place in places if place not in taken] or [place for place in places if place not in present]
         if not free:
-            raise ValueError(f"all {self.partitions} partitions are taken; start the server with more --clients")
+            raise ValueError(f"all {partitions} partitions are taken; start the server with more --clients")
         return free[0]
 
-    def rows_of(self, position: int) -> ArrayRecord:
+    def rows_of(self, position: int, partitions: int) -> ArrayRecord:
         seed = self.config["seed"]
-        parts = {split: partition.iid(count, self.partitions, seed) for split, count in self.samples.items()}
+        parts = {split: partition.iid(count, partitions, seed) for split, count in self.samples.items()}
         return ArrayRecord({split: Array(part[position]) for split, part in parts.items()})
 
     # -------------------------------------------------------------------------------------------------- as a Grid
@@ -139,7 +142,10 @@ class Roster:
         """
         addressed = [self.address(message) for message in messages]
         nodes = [message.metadata.dst_node_id for message in addressed]
-        pending = dict(zip(self.grid.push_messages(addressed), nodes, strict=True))
+        sent = list(zip(self.grid.push_messages(addressed), nodes, strict=True))
+        pending = {message: node for message, node in sent if message}
+        for _, node in (pair for pair in sent if not pair[0]):
+            self.drop(node, "it has left")
         replies: dict[int, Message] = {}
         tell(progress=(0, len(nodes)), doing=doing)
         deadline, look = time.monotonic() + self.config["round-timeout"], 0.0
@@ -199,6 +205,13 @@ class Roster:
         deadline = time.monotonic() + 15
         while set(nodes) & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)
+
+
+def check_enough(data: Any, config: Config) -> None:
+    """Raise ValueError if there are fewer samples than clients."""
+    least, clients = min(len(labels) for _, labels in data), config["num-clients"]
+    if least < clients:
+        raise ValueError(f"{least} samples cannot be split among {clients} clients: each needs one at least")
 
 
 def check_version(theirs: str) -> None:

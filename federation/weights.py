@@ -1,6 +1,7 @@
 """Model ↔ ArrayRecord."""
 
 import hashlib
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,4 +38,5 @@ def size(arrays: ArrayRecord) -> int:
 
 def save(net: Any, path: Path) -> None:
     """Write `net` in its framework's own format: a state_dict."""
-    sys.modules["torch"].save(net.state_dict(), path)
+    sys.modules["torch"].save(net.state_dict(), model := io.BytesIO())
+    path.write_bytes(model.getvalue())

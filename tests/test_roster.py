@@ -64,7 +64,7 @@ class FakeClient:
     def answer(self, message: Message) -> Message:
         if message.metadata.message_type == "query.join":
             facts = {"name": self.name, "partition-id": self.wanted, "num-partitions": self.partitions}
-            facts |= {"flwr": self.flwr, "data": self.data}
+            facts |= {"machine": "1", "flwr": self.flwr, "data": self.data}
             return Message(RecordDict({"client": ConfigRecord(facts)}), reply_to=message)
         if self.fails:
             return Message(Error(1, self.fails), reply_to=message)
@@ -273,9 +273,9 @@ def test_a_client_with_other_data_gets_no_rows(clock: Clock, capsys: pytest.Capt
     own = [FakeClient(node, f"site/{node}", data="another digest") for node in (1, 2, 3)]
     ours, _ = federation(clock, *own)  # three, though only two are waited for
     ours.wait_for(3)
-    assert sorted(train(ours)) == [0, 1, 2]
+    assert sorted(train(ours)) == [2, 3, 4]  # after the partitions, which are for clients with the server's data
     assert all("rows" not in client.of_type("train")[0].content for client in own)
-    assert "client 0 joined from site/1: data of its own" in capsys.readouterr().out
+    assert "client 2 joined from site/1: data of its own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("theirs", ["1.40.0", "2.0.0", "1.42.0"])
