@@ -15,7 +15,7 @@ from federation.config import Config
 from federation.console import reason, say, tell
 from federation.task import data_digest
 
-POLL = 0.25  # seconds between two looks for replies: shorter ones take cores from the clients
+POLL = 0.5  # seconds between two looks for replies: more looks take time from clients on the same machine
 PRESENCE = 2.0  # seconds between two looks at who is still there
 
 
@@ -53,7 +53,7 @@ class Roster:
         if len(self.present()) < count:
             say(f"waiting for {count} clients, {len(self.present())} here")
         while len(self.present()) < count or self.joining:
-            time.sleep(2 * POLL)
+            time.sleep(POLL)
             self.greet()
 
     def greet(self) -> None:
