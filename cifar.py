@@ -59,7 +59,7 @@ def train(
     lr: float = 0.007,
     batch_size: int = 32,
     momentum: float = 0.9,
-    weight_decay: float = 1e-3,
+    weight_decay: float = 5e-4,
     seed: int = 0,
     device: str = "auto",
     after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
