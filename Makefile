@@ -19,7 +19,7 @@ demo: install
 	@echo "== Centralized: python cifar.py"
 	@$(BIN)/python cifar.py --epochs 3 $(OPTIONS)
 	@echo "== Federated: python server.py, and python client.py twice"
-	@$(BIN)/python client.py > /dev/null & $(BIN)/python client.py > /dev/null & $(BIN)/python server.py $(OPTIONS)
+	@$(BIN)/python client.py --wait 120 > /dev/null & $(BIN)/python client.py --wait 120 > /dev/null & $(BIN)/python server.py $(OPTIONS)
 	@echo "== Side by side"
 	@$(BIN)/python benchmarks/side_by_side.py $(OPTIONS)
 

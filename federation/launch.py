@@ -79,6 +79,7 @@ class Session:
             "FLWR_HOME": str(home),
             "RAY_TMPDIR": str(home),
             "FLWR_TELEMETRY_ENABLED": "0",
+            "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"])),
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # the default of 1 s delays every message
         }  # fmt: skip
@@ -209,9 +210,14 @@ def check_free(address: tuple[str, int]) -> None:
         raise LaunchError(f"cannot listen on {shown(address)}: {error.strerror}; choose another --address") from None
 
 
+def reachable(address: tuple[str, int]) -> tuple[str, int]:
+    """Return the address by which this machine reaches a server of its own that listens at `address`."""
+    host, port = address
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
+
+
 def is_up(host: str, port: int) -> bool:
-    """Tell whether a SuperLink answers there, or on this machine for the address that stands for all of its own."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    """Tell whether a SuperLink answers there."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://{shown((host, port))}/health", timeout=2) as response:
@@ -235,11 +241,11 @@ def host_run(address: tuple[str, int], run_config: Config, simulated_clients: in
             "--disable-runtime-dependency-installation", *(["--simulation"] if simulated_clients else []),
         )  # fmt: skip
         Thread(target=relay, args=(superlink, ours.log), daemon=True).start()
-        while not is_up(host, port):
+        while not is_up(*reachable((host, port))):
             if superlink.poll() is not None:
                 raise LaunchError(f"the SuperLink did not start: {ours.last_error()}")
             time.sleep(0.1)
-        status = relay(submit(ours, (host, port), run_config, simulated_clients), ours.log)
+        status = relay(submit(ours, reachable((host, port)), run_config, simulated_clients), ours.log)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status
