@@ -288,7 +288,7 @@ def join_run(server: tuple[str, int], wait: float, node_config: Config, threads:
             status = relay(supernode, ours.log)
             if status is not None:
                 with suppress(subprocess.TimeoutExpired):
-                    supernode.wait(2 * status)  # lets it deliver the reason of a failure
+                    supernode.wait(5 * status)  # lets it deliver the reason of a failure
                 return status
             if "SuperNode ID" not in Path(log).read_text("utf-8"):
                 raise LaunchError(f"the server at {shown(server)} turned this client away: {ours.last_error()}")

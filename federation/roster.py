@@ -64,9 +64,9 @@ class Roster:
             hello = RecordDict({"client": ConfigRecord({"data": self.root})})
             asked = zip(self.send(hello, "join", strangers), strangers, strict=True)
             self.joining |= {message: node for message, node in asked if message}  # no id: it has gone already
+        online = set(self.grid.get_node_ids())  # before the look for replies: who replies and goes is heard
         for reply in self.grid.pull_messages(list(self.joining)) if self.joining else ():
             self.seat(self.joining.pop(reply.metadata.reply_to_message_id), reply)
-        online = set(self.grid.get_node_ids()) if self.joining else set()
         self.joining = {message: node for message, node in self.joining.items() if node in online}
 
     def send(self, content: RecordDict, query: str, nodes: Iterable[int]) -> Iterable[str]:
