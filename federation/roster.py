@@ -197,12 +197,12 @@ class Roster:
         return counts
 
     def send_away(self, error: str = "", node: int | None = None) -> None:
-        """Tell all clients, or one, that they are done, well ("") or not; wait until those of client.py have gone."""
+        """Tell all clients, or one, that they are done, well ("") or not; wait until all have gone, of those of client.py."""
         nodes = [n for n, client in self.clients.items() if client.name] if node is None else [node]
         goodbye = RecordDict({"goodbye": ConfigRecord({"error": error})})
         nodes = list(set(nodes) & set(self.grid.get_node_ids()))
         self.send(goodbye, "leave", nodes)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + (15 if node is None else 0)  # one who is refused holds nobody up
         while set(nodes) & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)
 
