@@ -197,7 +197,7 @@ class Roster:
         return counts
 
     def send_away(self, error: str = "", node: int | None = None) -> None:
-        """Tell all clients, or one, that they are done, well ("") or not; wait until all have gone, of those of client.py."""
+        """Tell all clients, or one, that they are done, well ("") or not; wait until all have gone."""
         nodes = [n for n, client in self.clients.items() if client.name] if node is None else [node]
         goodbye = RecordDict({"goodbye": ConfigRecord({"error": error})})
         nodes = list(set(nodes) & set(self.grid.get_node_ids()))
