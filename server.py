@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from federation import launch, weights
+from federation.checkpoint import check_same, load_checkpoint
 from federation.config import checked, parse
 from federation.console import explained_run, reason
 from federation.report import Report, mark_failed
@@ -35,8 +36,8 @@ def main(grid: Grid, context: Context) -> None:
     root = find_data(task, config["data"])
     data = task.load_data(root or None)
     net = initial_net(task, config["seed"])
-    arrays = weights.from_net(net)
     report = Report(config, root, data)
+    arrays = report.arrays or weights.from_net(net)
     clients = Roster(grid, config, root, data)
     strategy = FedAvg(
         fraction_train=config["fraction-train"], fraction_evaluate=config["fraction-evaluate"],
@@ -49,13 +50,15 @@ def main(grid: Grid, context: Context) -> None:
         return {"server_loss": loss, "server_accuracy": accuracy}
 
     try:
-        report.round(round=0, **test(arrays))
+        if report.next_round == 0:
+            report.round(arrays, **test(arrays))
         clients.wait_for(config["num-clients"])
-        for server_round in range(1, config["num-server-rounds"] + 1):
+        report.partitions(clients.dealt(), data)
+        for server_round in range(report.next_round, config["num-server-rounds"] + 1):
             seed_sampling(config["seed"], server_round)
             arrays, results = play_round(server_round, arrays, strategy, clients)
-            report.round(round=server_round, **results, **test(arrays))
-        report.finish(arrays, net)
+            report.round(arrays, **results, **test(arrays))
+        report.finish(net)
     except Exception as error:
         report.fail()
         clients.send_away(reason(error))
@@ -100,6 +103,7 @@ def command() -> int:
     parser.add_argument("--data", metavar="DIR", help="the data folder, as in cifar.py")
     parser.add_argument("--out", metavar="DIR", help="the run folder (default: runs/federated)")
     parser.add_argument("--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="as for flwr run")
+    parser.add_argument("--resume", action="store_true", default=None, help="go on with the run in the run folder")
     parser.add_argument("--simulate", type=int, metavar="N", help="play N clients on this machine")
     parser.add_argument("--address", type=launch.address, metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")
     args = vars(parser.parse_args())
@@ -109,12 +113,18 @@ def command() -> int:
     try:
         overrides = {key: value for text in args.pop("run_config") for key, value in parse(text).items()}
         overrides |= {key: value for key, value in args.items() if value is not None}
-        config = checked(overrides | ({} if simulate is None else {"num-clients": simulate}))
+        overrides |= {} if simulate is None else {"num-clients": simulate}
+        config = checked(overrides)
+        if config["resume"]:
+            begun = load_checkpoint(Path(config["out"]).expanduser())[0]["config"]
+            config = checked(begun | overrides)
     except ValueError as error:
         parser.error(str(error))
     config["out"] = launch.writable(config["out"])
     task = load_task(config["task"])
     config["data"] = find_data(task, config["data"])
+    if config["resume"]:
+        check_same(begun, config, Path(config["out"]))
     check_enough(task.load_data(config["data"] or None), config)  # before the run, so that errors show at once
     if simulate is None:
         launch.check_free(address := address or ("127.0.0.1", 8080))

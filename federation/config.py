@@ -9,6 +9,7 @@ from typing import Any
 Config = dict[str, Any]  # values are bool, int, float or str
 
 POSITIVE = (1, 10**9)
+CHOICES = {"partitioner": ("iid", "dirichlet", "pathological", "shards", "size-skewed")}
 LIMITS: dict[str, tuple[float, float]] = {
     "num-server-rounds": POSITIVE,
     "num-clients": (1, 100_000),
@@ -19,6 +20,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "batch-size": POSITIVE,
     "seed": (0, 2**31 - 1),
     "round-timeout": POSITIVE,
+    "alpha": (1e-3, 1e6),
+    "min-partition-size": POSITIVE,
+    "labels-per-client": POSITIVE,
+    "shards-per-client": POSITIVE,
 }
 ASSIGNMENT = re.compile(r"""[^\s=]+=(?:"[^"]*"|'[^']*'|[^\s"']+)(?=\s|$)""")
 
@@ -58,6 +63,8 @@ def _checked_value(key: str, value: Any, kind: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise ValueError(f"run config {key}={value!r} should be of type {kind.__name__}")
+    if value not in CHOICES.get(key, (value,)):
+        raise ValueError(f"run config {key}={value!r} is none of: {', '.join(CHOICES[key])}")
     if key in LIMITS and not LIMITS[key][0] <= value <= LIMITS[key][1]:
         low, high = LIMITS[key]
         raise ValueError(f"run config {key}={value!r} is out of range: {low:g} to {high:g} is allowed")

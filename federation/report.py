@@ -9,11 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord
 
 from federation import weights
+from federation.checkpoint import CHECKPOINT, check_same, load_checkpoint, save_checkpoint
 from federation.config import Config
 from federation.console import say
+from federation.partition import Rows
 
 COLUMNS = {  # heading: key in metrics.json, and how it is shown
     "round": ("round", "5d"),
@@ -25,15 +28,17 @@ COLUMNS = {  # heading: key in metrics.json, and how it is shown
     "clients": ("clients", "7d"),
     "seconds": ("seconds", "7.1f"),
 }
+MOST_CLASSES = 1000  # with more of them, labels are taken for something else
 KEYS = [key for key, _ in COLUMNS.values()] + ["client_seconds", "dropped", "bytes_down", "bytes_up"]
 
 
 class Report:
-    """The run folder. It is written anew, atomically, after every round, so that it can be watched."""
+    """The run folder. It is written anew, atomically, after every round, so that it can be watched, and resumed."""
 
     def __init__(self, config: Config, root: str, data: Any) -> None:
         self.folder = Path.home() / str(config["out"])
         self.started = time.perf_counter()
+        self.arrays: ArrayRecord | None = None  # the global model after the last round that is complete
         (x_train, _), (x_test, _) = data
         self.metrics: dict[str, Any] = {
             "task": config["task"],
@@ -43,37 +48,77 @@ class Report:
             "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in ("flwr", *_frameworks())},
             "final_weights_sha256": None,
             "status": "running",
+            "partitions": {},
             "rounds": [],
         }
-        self.write()
+        if config["resume"]:
+            self._resume()
+        self._write()
         say(f"{config['task']} on {root or 'its own data'}: {len(x_train):,} training and {len(x_test):,} test samples")
 
-    def round(self, **numbers: float | None) -> None:
-        """Add a round, and show it."""
+    def _resume(self) -> None:
+        saved, self.arrays = load_checkpoint(self.folder)
+        check_same(saved["config"], self.metrics["config"], self.folder)
+        if saved["dataset"] != self.metrics["dataset"]:
+            raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
+        self.metrics["rounds"] = saved["rounds"]
+        say(f"resuming after round {saved['rounds'][-1]['round']}")
+
+    @property
+    def next_round(self) -> int:
+        """The number of the first round that is not complete. Round 0 is the initial model."""
+        return len(self.metrics["rounds"])
+
+    def partitions(self, parts: dict[str, list[Rows]], data: Any) -> None:
+        """Note, and draw, how many samples of each class each client holds."""
+        for (split, held), (_, labels) in zip(parts.items(), data, strict=False):
+            self.metrics["partitions"][split] = count(labels, held)
+        if parts:
+            self._write()
+            self._draw("partitions")
+
+    def round(self, arrays: ArrayRecord, **numbers: float | None) -> None:
+        """Add a round that has made the global model `arrays`, and show it."""
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
-        row = dict.fromkeys(KEYS) | numbers | {"seconds": round(seconds, 3)}
+        row = dict.fromkeys(KEYS) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
         if not self.metrics["rounds"]:
             say("  ".join(COLUMNS))
         self.metrics["rounds"].append(row)
-        self.write()
+        self.arrays = arrays
+        write_atomically(self.folder / CHECKPOINT, lambda path: save_checkpoint(self.metrics, arrays, path))
+        self._write()
         say("  ".join(_cell(row[key], form) for key, form in COLUMNS.values()))
 
-    def finish(self, arrays: ArrayRecord, net: Any) -> None:
+    def finish(self, net: Any) -> None:
         """Save the final model and the picture."""
-        weights.to_net(arrays, net)
+        assert self.arrays is not None
+        weights.to_net(self.arrays, net)
         write_atomically(self.folder / "final_model.pt", lambda path: weights.save(net, path))
-        self.metrics |= {"final_weights_sha256": weights.sha256(arrays), "status": "finished"}
-        write_atomically(self.folder / "curves.png", lambda path: plot(self.metrics, path))
-        self.write()
+        self.metrics |= {"final_weights_sha256": weights.sha256(self.arrays), "status": "finished"}
+        self._draw("curves")
+        self._write()
         say(f"saved final_model.pt, metrics.json and curves.png in {self.folder}")
 
     def fail(self) -> None:
         self.metrics["status"] = "failed"
-        self.write()
+        self._write()
 
-    def write(self) -> None:
+    def _write(self) -> None:
         text = json.dumps(self.metrics, indent=2)
         write_atomically(self.folder / "metrics.json", lambda path: path.write_text(text + "\n", "utf-8"))
+
+    def _draw(self, what: str) -> None:
+        from federation import picture  # here, since matplotlib takes a second that no round should pay for
+
+        write_atomically(self.folder / f"{what}.png", lambda path: getattr(picture, what)(self.metrics, path))
+
+
+def count(labels: Any, held: list[Rows]) -> list[list[int]]:
+    """Return how many samples of each class each client holds; where labels are no classes, how many there are."""
+    classes, numbers = np.unique(np.asarray(labels), return_inverse=True)
+    if len(classes) > MOST_CLASSES or numbers.size != len(labels):
+        return [[len(rows)] for rows in held]
+    return [np.bincount(numbers.ravel()[rows], minlength=len(classes)).tolist() for rows in held]
 
 
 def mark_failed(folder: Path) -> None:
@@ -101,30 +146,3 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def plot(metrics: dict[str, Any], path: Path) -> None:
-    """Draw accuracy and loss per round."""
-    from matplotlib.figure import Figure  # here, since it takes a second that no round should pay for
-
-    rounds = metrics["rounds"]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    accuracy, loss = figure.subplots(1, 2)
-    _curve(accuracy, rounds, "server_accuracy", "server, whole test set", "-o", "#0072b2")
-    _curve(accuracy, rounds, "clients_accuracy", "clients, weighted mean", "x", "#d55e00")
-    _curve(loss, rounds, "server_loss", "server, whole test set", "-o", "#0072b2")
-    _curve(loss, rounds, "clients_loss", "clients, weighted mean", "x", "#d55e00")
-    _curve(loss, rounds, "train_loss", "clients, training", "--s", "#009e73")
-    for axes, what in ((accuracy, "accuracy"), (loss, "mean loss per sample")):
-        axes.set(xlabel="round", ylabel=what)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    dataset = metrics["dataset"]
-    figure.suptitle(f"{metrics['task']} on {Path(dataset['name']).name} ({dataset['train']:,} samples), federated")
-    figure.savefig(path, dpi=120)
-
-
-def _curve(axes: Any, rounds: list[dict[str, Any]], key: str, label: str, style: str, colour: str) -> None:
-    points = [(row["round"], row[key]) for row in rounds if row[key] is not None]
-    axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=8) if points else None

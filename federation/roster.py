@@ -37,9 +37,8 @@ class Roster:
     def __init__(self, grid: Grid, config: Config, root: str, data: Any) -> None:
         self.grid, self.config, self.root = grid, config, root
         self.digest = data_digest(data)
-        self.samples = {"train": len(data[0][1]), "test": len(data[1][1])}
-        check_enough(data, config)
-        self.partitions = 0  # how many there are: the first client to join settles it
+        self.labels = data[0][1], data[1][1]
+        self.deal(config["num-clients"])
         self.clients: dict[int, Client] = {}  # by node
         self.joining: dict[str, int] = {}  # message id: node
         self.met: set[int] = set()
@@ -84,21 +83,31 @@ class Roster:
         try:
             check_version(facts["flwr"])
             key = name and f"{name} {facts['machine']}"
-            partitions = self.partitions or facts["num-partitions"] or self.config["num-clients"]
-            position = self.place(key, facts["partition-id"], facts["num-partitions"], partitions, copy)
-            rows = self.rows_of(position, partitions) if copy else None
+            if facts["num-partitions"] and not self.clients:  # the first client to join settles how many there are
+                self.deal(facts["num-partitions"])
+            position = self.place(key, facts["partition-id"], facts["num-partitions"], copy)
+            rows = self.rows_of(position) if copy else None
         except ValueError as error:
             say(f"{name} may not join: {error}")
             self.send_away(str(error), node)
             return
-        self.partitions = partitions
         self.clients = {n: client for n, client in self.clients.items() if client.position != position}
         self.clients[node] = Client(node, name, key, position, rows)
-        share = f"{len(rows['train'].numpy()):,} samples of {self.samples['train']:,}" if rows else "data of its own"
+        share = f"{len(rows['train'].numpy()):,} samples of {len(self.labels[0]):,}" if rows else "data of its own"
         say(f"client {position} joined{' from ' * bool(name)}{name}: {share}")
 
-    def place(self, key: str, wanted: int, counted: int, partitions: int, copy: bool) -> int:
+    def deal(self, partitions: int) -> None:
+        """Split the data, once for the run. Raises ValueError where that cannot be."""
+        self.parts = partition.split(*self.labels, partitions, self.config)
+        self.partitions = partitions
+
+    def dealt(self) -> dict[str, list[partition.Rows]]:
+        """Return the rows of all partitions, by split; none if every client has data of its own."""
+        return self.parts if any(client.rows for client in self.clients.values()) else {}
+
+    def place(self, key: str, wanted: int, counted: int, copy: bool) -> int:
         """Return the partition of a client: its old one, the one it wants, or the first that is free."""
+        partitions = self.partitions
         taken = {client.position: client for client in self.clients.values()}
         present = {client.position for client in self.present()}
         if wanted >= 0:
@@ -115,10 +124,8 @@ class Roster:
             raise ValueError(f"all {partitions} partitions are taken; start the server with more --clients")
         return free[0]
 
-    def rows_of(self, position: int, partitions: int) -> ArrayRecord:
-        seed = self.config["seed"]
-        parts = {split: partition.iid(count, partitions, seed) for split, count in self.samples.items()}
-        return ArrayRecord({split: Array(part[position]) for split, part in parts.items()})
+    def rows_of(self, position: int) -> ArrayRecord:
+        return ArrayRecord({split: Array(parts[position]) for split, parts in self.parts.items()})
 
     # -------------------------------------------------------------------------------------------------- as a Grid
 

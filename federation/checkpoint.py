@@ -1,0 +1,41 @@
+"""The state of a run after its last complete round, so that it can go on after a crash: checkpoint.npz."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from federation.config import Config
+
+CHECKPOINT = "checkpoint.npz"
+FREE = {"resume", "out", "num-server-rounds", "round-timeout"}  # keys that no round that has been depends on
+
+
+def save_checkpoint(metrics: dict[str, Any], arrays: ArrayRecord, path: Path) -> None:
+    """Write metrics and global model to one file, so that they always fit together."""
+    header = json.dumps({"metrics": metrics, "names": list(arrays)})
+    with path.open("wb") as file:
+        np.savez(file, np.array(header), *(array.numpy() for array in arrays.values()))
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ArrayRecord]:
+    """Return the metrics and the global model. Raises ValueError where they are missing or damaged."""
+    path = folder / CHECKPOINT
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            text, *arrays = (saved[name] for name in saved.files)
+        header = json.loads(str(text))
+        return header["metrics"], ArrayRecord(dict(zip(header["names"], map(Array, arrays), strict=True)))
+    except FileNotFoundError:
+        raise ValueError(f"there is nothing to resume: {path} does not exist; start without --resume") from None
+    except Exception as error:  # a damaged archive shows itself in many ways
+        raise ValueError(f"checkpoint {path} is damaged ({error}); remove it and start without --resume") from None
+
+
+def check_same(begun: Config, config: Config, folder: Path) -> None:
+    """Raise ValueError if a run that was begun with one config would be resumed with another."""
+    for key in config.keys() - FREE:
+        if begun.get(key) != config[key]:
+            raise ValueError(f"cannot resume {folder} with {key}={config[key]!r}: it was begun with {begun.get(key)!r}")

@@ -1,0 +1,61 @@
+"""What people would rather look at: curves of a run, and who holds which samples."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # tell apart by the colour-blind (Okabe and Ito 2008)
+
+
+def curves(metrics: dict[str, Any], path: Path) -> None:
+    """Draw accuracy and loss per round."""
+    rounds = metrics["rounds"]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    accuracy, loss = figure.subplots(1, 2)
+    _curve(accuracy, rounds, "server_accuracy", "server, whole test set", "-o", BLUE)
+    _curve(accuracy, rounds, "clients_accuracy", "clients, weighted mean", "x", ORANGE)
+    _curve(loss, rounds, "server_loss", "server, whole test set", "-o", BLUE)
+    _curve(loss, rounds, "clients_loss", "clients, weighted mean", "x", ORANGE)
+    _curve(loss, rounds, "train_loss", "clients, training", "--s", GREEN)
+    for axes, what in ((accuracy, "accuracy"), (loss, "mean loss per sample")):
+        axes.set(xlabel="round", ylabel=what)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    dataset = metrics["dataset"]
+    figure.suptitle(f"{metrics['task']} on {Path(dataset['name']).name} ({dataset['train']:,} samples), federated")
+    figure.savefig(path, dpi=120)
+
+
+def _curve(axes: Any, rounds: list[dict[str, Any]], key: str, label: str, style: str, colour: str) -> None:
+    points = [(row["round"], row[key]) for row in rounds if row[key] is not None]
+    axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=8) if points else None
+
+
+def partitions(metrics: dict[str, Any], path: Path) -> None:
+    """Draw the numbers of training samples, classes × clients, and next to them each client's total."""
+    held = metrics["partitions"]["train"]
+    clients, classes = len(held), len(held[0])
+    figure = Figure(figsize=(min(24, 4 + 0.55 * clients), 3 + 0.3 * min(classes, 60)), layout="constrained")
+    total, cells = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
+    sizes = [sum(counts) for counts in held]
+    total.bar(range(clients), sizes, color=BLUE)
+    total.set(ylabel="samples")
+    image = cells.imshow([list(row) for row in zip(*held, strict=True)], cmap="Blues", aspect="auto", vmin=0)
+    cells.set(xlabel="client", ylabel="class")
+    for axis in (cells.xaxis, cells.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    if clients <= 20 and classes <= 20:
+        _numbers(cells, held)
+    figure.colorbar(image, ax=cells, label="samples")
+    figure.suptitle(f"{metrics['config']['partitioner']} partitions of {sum(sizes):,} training samples")
+    figure.savefig(path, dpi=120)
+
+
+def _numbers(axes: Any, held: list[list[int]]) -> None:
+    darkest = max(map(max, held))
+    for client, counts in enumerate(held):
+        for number, count in enumerate(counts):
+            colour = "white" if count > 0.6 * darkest else "black"
+            axes.text(client, number, count or "", ha="center", va="center", fontsize=8, color=colour)
