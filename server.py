@@ -75,6 +75,7 @@ def play_round(
     new_arrays, training = strategy.aggregate_train(server_round, replies)
     if new_arrays is None or training is None:
         raise RuntimeError(f"round {server_round}: no client returned a model")
+    new_arrays = weights.as_before(arrays, new_arrays)
     answers = clients.ask(
         strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients.as_grid()), "testing"
     )
@@ -84,6 +85,7 @@ def play_round(
         "clients_loss": testing.get("loss"),
         "clients_accuracy": testing.get("accuracy"),
         "clients": len(replies),
+        "samples": [reply.content.metric_records["metrics"]["num-examples"] for reply in replies],
         "client_seconds": slowest(replies) + slowest(answers),
         **clients.tally(),
     }

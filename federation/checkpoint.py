@@ -8,6 +8,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from federation.config import Config
+from federation.console import reason
 
 CHECKPOINT = "checkpoint.npz"
 FREE = {"resume", "out", "num-server-rounds", "round-timeout"}  # keys that no round that has been depends on
@@ -24,14 +25,15 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ArrayRecord]:
     """Return the metrics and the global model. Raises ValueError where they are missing or damaged."""
     path = folder / CHECKPOINT
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             text, *arrays = (saved[name] for name in saved.files)
         header = json.loads(str(text))
         return header["metrics"], ArrayRecord(dict(zip(header["names"], map(Array, arrays), strict=True)))
     except FileNotFoundError:
         raise ValueError(f"there is nothing to resume: {path} does not exist; start without --resume") from None
     except Exception as error:  # a damaged archive shows itself in many ways
-        raise ValueError(f"checkpoint {path} is damaged ({error}); remove it and start without --resume") from None
+        why = reason(error)
+        raise ValueError(f"checkpoint {path} is damaged ({why}); remove it and start without --resume") from None
 
 
 def check_same(begun: Config, config: Config, folder: Path) -> None:

@@ -24,6 +24,8 @@ def split(train_labels: Any, test_labels: Any, partitions: int, config: Config) 
     is: by the same proportions of each class. Raises ValueError where that cannot be.
     """
     name, seed = config["partitioner"], config["seed"]
+    for labels in (train_labels, test_labels):
+        _check_enough(len(labels), partitions)
     if name == "iid":
         return {"train": iid(len(train_labels), partitions, seed), "test": iid(len(test_labels), partitions, seed)}
     classes, test_classes = _classes(train_labels, name), _classes(test_labels, name)
@@ -40,10 +42,14 @@ def iid(samples: int, partitions: int, seed: int) -> list[Rows]:
     Flower Datasets has the same, and takes four seconds to import: too long for the default.
     Raises ValueError if there are fewer samples than partitions.
     """
-    if samples < partitions:
-        raise ValueError(f"{samples} samples cannot be split among {partitions} clients: each needs one at least")
+    _check_enough(samples, partitions)
     order = np.random.default_rng(seed).permutation(samples).astype(np.int32)
     return [np.sort(part) for part in np.array_split(order, partitions)]
+
+
+def _check_enough(samples: int, partitions: int) -> None:
+    if samples < partitions:
+        raise ValueError(f"{samples} samples cannot be split among {partitions} clients: each needs one at least")
 
 
 def _classes(labels: Any, partitioner: str) -> NDArray[Any]:
@@ -54,7 +60,7 @@ def _classes(labels: Any, partitioner: str) -> NDArray[Any]:
     if classes.size != len(classes) or not np.issubdtype(classes.dtype, np.integer):
         raise ValueError(f"partitioner={partitioner} needs one whole number per sample as its class; "
                          f"the labels are {classes.dtype} of shape {classes.shape}")  # fmt: skip
-    return classes.ravel()
+    return classes.ravel().astype(np.int64)  # Flower takes neither big-endian numbers nor uint64 beyond int64
 
 
 def _from_flower_datasets(classes: NDArray[Any], partitions: int, config: Config) -> list[Rows]:
@@ -65,9 +71,9 @@ def _from_flower_datasets(classes: NDArray[Any], partitions: int, config: Config
     partitioner = _partitioner(partitions, classes, config)
     partitioner.dataset = Dataset.from_dict({"label": classes[order], "row": order})
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), np.errstate(invalid="raise"):  # a tiny alpha makes 0 / 0
             return [np.sort(np.array(partitioner.load_partition(i)["row"][:], np.int32)) for i in range(partitions)]
-    except (ValueError, IndexError):  # in words that name no setting of ours
+    except (ValueError, IndexError, ArithmeticError):  # in words that name no setting of ours
         return [np.empty(0, np.int32)]
 
 
@@ -114,9 +120,7 @@ def _alike(train: list[Rows], classes: NDArray[Any], test_classes: NDArray[Any],
 
 
 def _none_empty(parts: list[Rows]) -> list[Rows]:
-    """Give each empty part the last row of the largest. Raises ValueError if there are fewer rows than parts."""
-    if (samples := sum(map(len, parts))) < len(parts):
-        raise ValueError(f"{samples} samples cannot be split among {len(parts)} clients: each needs one at least")
+    """Give each empty part the last row of the largest. There are as many rows as parts, at least."""
     for i in (i for i, part in enumerate(parts) if not len(part)):
         largest = max(range(len(parts)), key=lambda j: len(parts[j]))
         parts[largest], parts[i] = np.split(parts[largest], [-1])

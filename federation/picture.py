@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # tell apart by the colour-blind (Okabe and Ito 2008)
+WHOLE = {"integer": True, "min_n_ticks": 1}  # where to put ticks: rounds, clients and classes have no fractions
 
 
 def curves(metrics: dict[str, Any], path: Path) -> None:
@@ -22,7 +23,7 @@ def curves(metrics: dict[str, Any], path: Path) -> None:
         axes.set(xlabel="round", ylabel=what)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(**WHOLE)
     dataset = metrics["dataset"]
     figure.suptitle(f"{metrics['task']} on {Path(dataset['name']).name} ({dataset['train']:,} samples), federated")
     figure.savefig(path, dpi=120)
@@ -30,25 +31,27 @@ def curves(metrics: dict[str, Any], path: Path) -> None:
 
 def _curve(axes: Any, rounds: list[dict[str, Any]], key: str, label: str, style: str, colour: str) -> None:
     points = [(row["round"], row[key]) for row in rounds if row[key] is not None]
-    axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=8) if points else None
+    size = max(3, min(8, 160 / len(rounds)))  # of many rounds, the marks would hide one another
+    axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=size) if points else None
 
 
 def partitions(metrics: dict[str, Any], path: Path) -> None:
     """Draw the numbers of training samples, classes × clients, and next to them each client's total."""
     held = metrics["partitions"]["train"]
     clients, classes = len(held), len(held[0])
-    figure = Figure(figsize=(min(24, 4 + 0.55 * clients), 3 + 0.3 * min(classes, 60)), layout="constrained")
-    total, cells = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3))
+    width, height = min(24, 4 + 0.55 * clients), 0.5 + 0.3 * min(classes, 60)  # of the cells, in inches
+    figure = Figure(figsize=(width, height + 2.2), layout="constrained")
+    total, cells = figure.subplots(2, 1, sharex=True, height_ratios=(1.2, height))
     sizes = [sum(counts) for counts in held]
     total.bar(range(clients), sizes, color=BLUE)
     total.set(ylabel="samples")
     image = cells.imshow([list(row) for row in zip(*held, strict=True)], cmap="Blues", aspect="auto", vmin=0)
     cells.set(xlabel="client", ylabel="class")
     for axis in (cells.xaxis, cells.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.get_major_locator().set_params(**WHOLE)
     if clients <= 20 and classes <= 20:
         _numbers(cells, held)
-    figure.colorbar(image, ax=cells, label="samples")
+    figure.colorbar(image, ax=cells, label="samples", aspect=5 * height, fraction=0.5 / width, pad=0.1 / width)
     figure.suptitle(f"{metrics['config']['partitioner']} partitions of {sum(sizes):,} training samples")
     figure.savefig(path, dpi=120)
 

@@ -29,7 +29,7 @@ COLUMNS = {  # heading: key in metrics.json, and how it is shown
     "seconds": ("seconds", "7.1f"),
 }
 MOST_CLASSES = 1000  # with more of them, labels are taken for something else
-KEYS = [key for key, _ in COLUMNS.values()] + ["client_seconds", "dropped", "bytes_down", "bytes_up"]
+KEYS = [key for key, _ in COLUMNS.values()] + ["samples", "client_seconds", "dropped", "bytes_down", "bytes_up"]
 
 
 class Report:
@@ -77,7 +77,7 @@ class Report:
             self._write()
             self._draw("partitions")
 
-    def round(self, arrays: ArrayRecord, **numbers: float | None) -> None:
+    def round(self, arrays: ArrayRecord, **numbers: Any) -> None:
         """Add a round that has made the global model `arrays`, and show it."""
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         row = dict.fromkeys(KEYS) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}

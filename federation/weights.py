@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 
 
 def from_net(net: Any) -> ArrayRecord:
@@ -21,6 +21,13 @@ def to_net(arrays: ArrayRecord, net: Any) -> None:
         net.load_state_dict(arrays.to_torch_state_dict())
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from None
+
+
+def as_before(old: ArrayRecord, new: ArrayRecord) -> ArrayRecord:
+    """Return `new` with the dtypes of `old`: a weighted mean turns whole numbers, such as counters, into fractions."""
+    means = {name: array.numpy() for name, array in new.items()}
+    whole = {name: np.rint(mean) if old[name].numpy().dtype.kind in "iu" else mean for name, mean in means.items()}
+    return ArrayRecord({name: Array(np.asarray(mean, old[name].numpy().dtype)) for name, mean in whole.items()})
 
 
 def sha256(arrays: ArrayRecord) -> str:

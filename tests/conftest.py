@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TAG = "FEDERATION_TEST"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ladder", "the equivalence ladder, tests/test_ladder.py")
+    group.addoption("--task", default="cifar", metavar="MODULE", help="the script to climb it (default: cifar)")
+    group.addoption("--data", default="", metavar="DIR", help="its data folder (default: the script's own choice)")
+
+
 class Terminal:
     """A command that runs in a terminal of its own: what it prints goes to a file, and can be waited for."""
 

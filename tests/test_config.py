@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federation.config import LIMITS, checked, defaults, parse
+from federation.config import CHOICES, LIMITS, checked, defaults, parse
 from tests.conftest import ROOT
 
 KEYS = st.from_regex(r"[a-z][a-z-]{0,15}", fullmatch=True)
@@ -107,7 +107,7 @@ def test_defaults_are_allowed_themselves() -> None:
 
 
 def test_every_numeric_key_has_limits() -> None:
-    assert set(LIMITS) == {key for key, value in defaults().items() if isinstance(value, (int, float))}
+    assert set(LIMITS) == {key for key, value in defaults().items() if type(value) in (int, float)}
 
 
 @pytest.mark.parametrize("key", LIMITS)
@@ -122,10 +122,40 @@ def test_limits(key: str) -> None:
         assert repr(value) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "lowest", "highest"),
+    [
+        ("alpha", 1e-3, 1e6), ("min-partition-size", 1, 10**9), ("labels-per-client", 1, 10**9),
+        ("shards-per-client", 1, 10**9),
+    ],
+)  # fmt: skip
+def test_limits_of_the_partitioners(key: str, lowest: float, highest: float) -> None:
+    assert LIMITS[key] == (lowest, highest)
+    for value in (0 * lowest, -lowest, lowest - 1e-4 if key == "alpha" else 0):
+        with pytest.raises(ValueError, match=f"{key}=.* is out of range: {lowest:g} to"):
+            checked({key: value})
+
+
+@pytest.mark.parametrize("key", ["learning-rate", "alpha", "fraction-train"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_no_finite_number_is_out_of_range(value: float) -> None:
-    with pytest.raises(ValueError, match=r"learning-rate=.* is out of range"):
-        checked({"learning-rate": value})
+def test_what_is_no_finite_number_is_out_of_range(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{key}=.* is out of range"):
+        checked({key: value})
+
+
+def test_choices_are_allowed_and_the_default_is_one() -> None:
+    assert CHOICES["partitioner"] == ("iid", "dirichlet", "pathological", "shards", "size-skewed")
+    for key, choices in CHOICES.items():
+        assert defaults()[key] in choices
+        assert [checked({key: choice})[key] for choice in choices] == list(choices)
+
+
+@pytest.mark.parametrize("value", ["foo", "", "IID", "iid ", "dirichlet,shards"])
+def test_what_is_no_choice_is_refused_with_all_that_there_are(value: str) -> None:
+    with pytest.raises(ValueError, match="none of") as error:
+        checked({"partitioner": value})
+    allowed = "iid, dirichlet, pathological, shards, size-skewed"
+    assert str(error.value) == f"run config partitioner={value!r} is none of: {allowed}"
 
 
 def test_an_unknown_key_is_named_with_the_keys_that_there_are() -> None:
@@ -147,12 +177,24 @@ def test_an_unknown_key_is_named_with_the_keys_that_there_are() -> None:
         ("seed", [1], "int"),
         ("seed", {"a": 1}, "int"),
         ("seed", None, "int"),
+        ("resume", 1, "bool"),
+        ("resume", 0.0, "bool"),
+        ("resume", "true", "bool"),
+        ("partitioner", 1, "str"),
+        ("alpha", "0.5", "float"),
+        ("alpha", True, "float"),
+        ("labels-per-client", 2.0, "int"),
     ],
 )
 def test_a_wrong_type_is_refused(key: str, value: Any, kind: str) -> None:
     with pytest.raises(ValueError, match=f"{key}=.* should be of type {kind}") as error:
         checked({key: value})
     assert repr(value) in str(error.value)
+
+
+def test_a_switch_is_true_or_false() -> None:
+    assert defaults()["resume"] is False
+    assert checked(parse("resume=true"))["resume"] is True and checked(parse("resume=false"))["resume"] is False
 
 
 @given(st.integers(0, 10**6))

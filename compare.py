@@ -1,0 +1,246 @@
+"""Is it the same training? Centralized, local and federated training of one task, side by side.
+
+    python compare.py --data DIR          # 10 clients, 10 rounds, 3 seeds; interrupted, it goes on where it was
+    python compare.py --quick             # a taste of it, on the embedded data, within two minutes
+
+Every argument about the accuracy of federated learning is about the budget that is held equal. Here are three: sample
+visits (of all clients together), sequential steps (of the client with the most samples), and seconds on this machine.
+The federated run on IID partitions sets all three, and every other training is read off where it has used them up.
+"""
+
+import argparse
+import inspect
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from federation import comparison, launch
+from federation.comparison import Cell, Cells, Point
+from federation.config import Config, checked, parse
+from federation.partition import Rows, split
+from federation.task import client_seed, find_data, initial_net, load_task
+
+FULL: Config = {"num-clients": 10, "num-server-rounds": 10, "seeds": 3, "out": "runs/compare"}
+QUICK: Config = {
+    "num-clients": 4,
+    "num-server-rounds": 3,
+    "seeds": 1,
+    "out": "runs/compare-quick",
+    "data": "embedded",
+    "learning-rate": 0.02,
+}
+Training = Callable[["Lab", int, Cells], Cell]  # with a seed, and the cells of that seed that are done
+
+
+class Lab:
+    """A task with its data, and the ways to train it. All of them begin with the same net."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.task = config, load_task(config["task"])
+        self.train_data, self.test_data = self.task.load_data(config["data"] or None)
+        self.samples = len(self.train_data[1])
+        self.rounds, self.clients, self.local_epochs = (
+            config[key] for key in ("num-server-rounds", "num-clients", "local-epochs")
+        )
+
+    def steps(self, samples: int) -> int:
+        """Return how many steps an epoch over so many samples takes."""
+        return -(-samples // int(self.config["batch-size"]))
+
+    def parts(self, partitioner: str, seed: int) -> list[Rows]:
+        config = self.config | {"partitioner": partitioner, "seed": seed}
+        return split(self.train_data[1], self.test_data[1], self.clients, config)["train"]
+
+    def test(self, net: Any) -> float:
+        return float(self.task.test(net, self.test_data)[1])
+
+    def train(self, net: Any, rows: Rows | None, epochs: int, seed: int, **more: Any) -> None:
+        """Train `net` on the samples in `rows`, or on all, with the settings that client.py would use."""
+        x, y = self.train_data
+        data = (x, y) if rows is None else (x[rows], y[rows])
+        rate = {"lr": self.config["learning-rate"]} if self.config["learning-rate"] else {}
+        self.task.train(net, data, epochs=epochs, batch_size=self.config["batch-size"], seed=seed, **rate, **more)
+
+    def train_at_once(self, rows: Rows | None, epochs: int, seed: int) -> list[Point]:
+        """Train as the plain script does; a task whose train has `after_epoch` yields a point per epoch, others one."""
+        net, started, points = initial_net(self.task, seed), time.perf_counter(), []
+        samples = self.samples if rows is None else len(rows)
+
+        def after_epoch(epoch: int, loss: float = 0.0) -> None:
+            seconds, accuracy = time.perf_counter() - started, self.test(net)
+            points.append(Point(epoch * samples, epoch * self.steps(samples), seconds, accuracy))
+
+        has_hook = "after_epoch" in inspect.signature(self.task.train).parameters
+        self.train(net, rows, epochs, seed, **({"after_epoch": after_epoch} if has_hook else {}))
+        if not has_hook:
+            after_epoch(epochs)
+        return points
+
+    def train_in_turns(self, shards: Sequence[Rows | None], seed: int) -> list[Point]:
+        """Train one net on one shard after the other, as often as there are rounds, each with a new optimizer."""
+        net, started, points = initial_net(self.task, seed), time.perf_counter(), []
+        steps = sum(self.steps(self.samples if rows is None else len(rows)) for rows in shards) * self.local_epochs
+        for done in range(self.rounds):
+            for position, rows in enumerate(shards):
+                self.train(net, rows, self.local_epochs, client_seed(seed, position, done * self.local_epochs))
+            visits, seconds = (done + 1) * self.local_epochs * self.samples, time.perf_counter() - started
+            points.append(Point(visits, (done + 1) * steps, seconds, self.test(net)))
+        return points
+
+    def federate(self, partitioner: str, seed: int, fraction: float = 1.0) -> list[Any]:
+        """Run client.py and server.py on Flower's Simulation Engine and return the rounds of metrics.json."""
+        out = Path(self.config["out"]) / f"federated-{partitioner}-{fraction:g}-{seed}"
+        config = self.config | {
+            "partitioner": partitioner, "seed": seed, "out": launch.writable(str(out)), "fraction-evaluate": 0.0,
+            "fraction-train": fraction, "num-server-rounds": round(self.rounds / fraction),
+        }  # fmt: skip
+        with redirect_stdout(io.StringIO()):  # not its table; its progress bar goes to stderr
+            if launch.host_run(("127.0.0.1", 0), config, self.clients):
+                raise launch.LaunchError(f"a federated run failed; see {out / 'log.txt'}")
+        return list(json.loads((out / "metrics.json").read_text("utf-8"))["rounds"][1:])
+
+
+# ------------------------------------------------------------------------------------------------- what is compared
+
+
+def centralized(lab: Lab, seed: int, done: Cells) -> Cell:
+    """All data in one place, for as many epochs as a client makes in all rounds."""
+    return {"points": lab.train_at_once(None, lab.rounds * lab.local_epochs, seed)}
+
+
+def as_many_steps(lab: Lab, seed: int, done: Cells) -> Cell:
+    """Centralized, for as many steps as a client makes: with many clients that is less than one epoch."""
+    visits = lab.rounds * lab.local_epochs * -(-lab.samples // lab.clients)
+    epochs = -(-visits // lab.samples)
+    rows = np.sort(np.random.default_rng(seed).permutation(lab.samples)[: visits // epochs]).astype(np.int32)
+    return {"points": lab.train_at_once(rows, epochs, seed)}
+
+
+def as_long(lab: Lab, seed: int, done: Cells) -> Cell:
+    """Centralized, for as many epochs as fit into the seconds of the federated run."""
+    plain = done["centralized"]["points"][-1]
+    epochs = int(done["federated, IID"]["points"][-1].seconds / plain.seconds * lab.rounds * lab.local_epochs)
+    return {"points": lab.train_at_once(None, max(1, epochs), seed)}
+
+
+def restarted(lab: Lab, seed: int, done: Cells) -> Cell:
+    """Centralized, but with a new optimizer in every round: what a federation of one client does."""
+    return {"points": lab.train_in_turns([None], seed)}
+
+
+def in_turns(lab: Lab, seed: int, done: Cells) -> Cell:
+    """One net that goes from client to client: small shards, each with a new optimizer, but nothing is averaged."""
+    return {"points": lab.train_in_turns(lab.parts("iid", seed), seed)}
+
+
+def local_only(partitioner: str) -> Training:
+    """Each client alone, with its own samples; the accuracy is the mean of theirs, on the whole test set."""
+
+    def train(lab: Lab, seed: int, done: Cells) -> Cell:
+        alone, parts = [], lab.parts(partitioner, seed)
+        epochs, started = lab.rounds * lab.local_epochs, time.perf_counter()
+        for position, rows in enumerate(parts):
+            net = initial_net(lab.task, seed)
+            lab.train(net, rows, epochs, client_seed(seed, position, 0))
+            alone.append(lab.test(net))
+        steps, seconds = epochs * lab.steps(max(map(len, parts))), time.perf_counter() - started
+        return {"points": [Point(epochs * lab.samples, steps, seconds, float(np.mean(alone)))], "clients": alone}
+
+    return train
+
+
+def federated(partitioner: str, fraction: float = 1.0) -> Training:
+    """The project's own client and server; `fraction` of the clients train in a round, in more rounds accordingly."""
+
+    def train(lab: Lab, seed: int, done: Cells) -> Cell:
+        visits, steps, seconds, points = 0, 0, 0.0, []
+        rounds = lab.federate(partitioner, seed, fraction)
+        for row in rounds:
+            visits += lab.local_epochs * sum(row["samples"])
+            steps += lab.local_epochs * lab.steps(max(row["samples"]))
+            seconds += row["seconds"]
+            points.append(Point(visits, steps, seconds, row["server_accuracy"]))
+        return {"points": points, **{key: sum(row[key] for row in rounds) for key in ("bytes_down", "bytes_up")}}
+
+    return train
+
+
+def trainings(skew: str) -> dict[str, Training]:
+    """Return everything that is compared, in the order in which it is run."""
+    return {
+        "centralized": centralized,
+        "centralized, as many steps": as_many_steps,
+        "federated, IID": federated("iid"),
+        "federated, non-IID": federated(skew),
+        "centralized, as long": as_long,
+        "local only, IID": local_only("iid"),
+        "local only, non-IID": local_only(skew),
+        "optimizer restart": restarted,
+        "smaller shards": in_turns,
+        "partial participation": federated(skew, 0.5),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- command
+
+
+def command() -> int:
+    """Read the command line, run what is not yet done, and show the outcome; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
+    parser.add_argument("--task", metavar="MODULE", help="what to train (default: cifar)")
+    parser.add_argument("--data", metavar="DIR", help="the data folder, as in cifar.py")
+    parser.add_argument("--clients", type=int, metavar="N", dest="num-clients", help="(default: 10)")
+    parser.add_argument("--rounds", type=int, metavar="N", dest="num-server-rounds", help="(default: 10)")
+    parser.add_argument("--run-config", default="", metavar="'KEY=VALUE …'", help="as for server.py")
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many times, each with another seed (default: 3)")
+    parser.add_argument("--out", metavar="DIR", help="for compare.json and compare.png (default: runs/compare)")
+    parser.add_argument("--quick", action="store_true", help="embedded data, 4 clients, 3 rounds, 1 seed")
+    args = vars(parser.parse_args())
+    preset = QUICK if args.pop("quick") else FULL
+    chosen = preset | {key: value for key, value in args.items() if value is not None}
+    seeds, run_config = chosen.pop("seeds"), chosen.pop("run_config")
+    if seeds < 1:
+        parser.error(f"--seeds {seeds}: 1 or more is needed")
+    try:
+        config = checked(chosen | parse(run_config))
+    except ValueError as error:
+        parser.error(str(error))
+    config["partitioner"] = "dirichlet" if config["partitioner"] == "iid" else config["partitioner"]
+    launch.share_cores()  # one process with all cores, until the simulation gives each client one of them
+    config["data"] = find_data(load_task(config["task"]), config["data"])
+    run(config | {"out": launch.writable(config["out"])}, range(config["seed"], config["seed"] + seeds))
+    return 0
+
+
+def run(config: Config, seeds: range) -> None:
+    """Run every cell that is not yet in compare.json, save each as it is done, and show tables and picture."""
+    lab, path = Lab(config), Path(config["out"]) / "compare.json"
+    cells = comparison.load(path, config)
+    wanted = [(seed, name) for seed in seeds for name in trainings(config["partitioner"])]
+    for number, (seed, name) in enumerate(wanted, 1):
+        done = cells.setdefault(str(seed), {})
+        if name not in done:
+            done[name] = trainings(config["partitioner"])[name](lab, seed, done)
+            comparison.save(path, config, cells)
+        points = done[name]["points"]
+        print(f"[{number}/{len(wanted)}] seed {seed}  {name:26}  accuracy {points[-1].accuracy:.4f}  "
+              f"{points[-1].seconds:6.1f} s", flush=True)  # fmt: skip
+    of_seeds = [cells[str(seed)] for seed in seeds]
+    results = comparison.summary(of_seeds)
+    comparison.save(path, config, cells, summary=results)
+    print(comparison.tables(results))
+    title = (
+        f"{config['task']}, {lab.samples:,} samples, {lab.clients} clients: mean and standard deviation of {len(seeds)}"
+    )
+    comparison.draw(path.with_suffix(".png"), of_seeds, results, title, lab.samples)
+    print(f"\nsaved compare.json and compare.png in {path.parent}")
+
+
+if __name__ == "__main__":
+    launch.run_command(command)

@@ -1,0 +1,84 @@
+"""A federation in one process: Flower's Grid, the nodes of which are calls of the real ClientApp."""
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid
+
+import client
+from federation.config import Config
+
+
+class InMemoryGrid(Grid):
+    """Nodes that answer at once, each with a context of its own, which it keeps as a SuperNode does.
+
+    `nodes` are their ids, with their node configs. Each pull hands out those of the waiting replies that `deliver`
+    picks of their ids, in its order. `tamper` may change a reply on its way.
+    """
+
+    def __init__(
+        self,
+        run_config: Config,
+        nodes: Mapping[int, Config],
+        deliver: Callable[[list[str]], list[str]] = list,
+        tamper: Callable[[Message], object] = id,
+    ) -> None:
+        self.contexts = {node: Context(1, node, own, RecordDict(), run_config) for node, own in nodes.items()}
+        self.deliver, self.tamper = deliver, tamper
+        self.messages: list[Message] = []
+        self.replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return [self.push(message) for message in messages]
+
+    def push(self, message: Message) -> str:
+        self.messages.append(message)
+        identity = message.metadata.__dict__["_message_id"] = str(len(self.messages))  # as the SuperLink does
+        with another_process():
+            self.replies[identity] = client.app(message, self.contexts[message.metadata.dst_node_id])
+        self.tamper(self.replies[identity])
+        return identity
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        ready = [identity for identity in message_ids if identity in self.replies]
+        return [self.replies.pop(identity) for identity in self.deliver(ready)]
+
+    def models(self, message_type: str) -> list[ArrayRecord]:
+        """Return the models that messages of this type have carried to the clients, in the order of sending."""
+        sent = (message for message in self.messages if message.metadata.message_type == message_type)
+        return [message.content.array_records["arrays"] for message in sent]
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise NotImplementedError
+
+    send_and_receive = set_run = create_message
+    run = property(create_message)
+
+
+def generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Callable[[], object]]]:
+    """Yield how to save, restore and scramble the global state of each random generator that is loaded."""
+    yield random.getstate, random.setstate, random.seed
+    yield np.random.get_state, np.random.set_state, np.random.seed
+    if torch := sys.modules.get("torch"):
+        yield torch.get_rng_state, torch.set_rng_state, torch.seed
+
+
+@contextmanager
+def another_process() -> Iterator[None]:
+    """Run a block with random generators in a state that nothing depends on, as in a process of its own."""
+    kept = [(restore, save()) for save, restore, _ in generators()]
+    for _, _, scramble in generators():
+        scramble()
+    try:
+        yield
+    finally:
+        for restore, state in kept:
+            restore(state)

@@ -1,0 +1,233 @@
+"""The state of a run on disk: what is saved comes back bit by bit, and what is damaged or does not fit is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from numpy.typing import NDArray
+
+from federation.checkpoint import CHECKPOINT, FREE, check_same, load_checkpoint, save_checkpoint
+from federation.config import Config, checked, defaults
+from federation.report import Report
+
+Weights = dict[str, NDArray[Any]]
+
+SAME_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # each overwrites it
+TYPES = ["float32", "float64", "float16", "int64", "uint8", "bool"]
+NAMES = st.sampled_from(["file", "arr_0", "arr_1", "allow_pickle", "conv1.weight", "a/b", "../a", "ü 日本", "", "a\0"])
+ARRAYS = st.sampled_from(TYPES).flatmap(lambda kind: arrays(kind, array_shapes(min_dims=0, max_dims=3, min_side=0)))
+NUMBERS = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text())
+METRICS = st.dictionaries(st.text(), st.one_of(NUMBERS, st.lists(NUMBERS), st.dictionaries(st.text(), NUMBERS)))
+SMALL = {"conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "steps": np.array(7)}
+
+
+def save(metrics: dict[str, Any], weights: Weights, folder: Path) -> Path:
+    record = ArrayRecord({name: Array(array) for name, array in weights.items()})
+    save_checkpoint(metrics, record, folder / CHECKPOINT)
+    return folder / CHECKPOINT
+
+
+def check_equal(record: ArrayRecord, weights: Weights) -> None:
+    assert list(record) == list(weights), "in the model's own order"
+    for array, expected in zip((array.numpy() for array in record.values()), weights.values(), strict=True):
+        assert array.dtype == expected.dtype and array.shape == expected.shape
+        assert array.tobytes() == expected.tobytes()
+
+
+def check_refused(folder: Path, *named: str) -> None:
+    """Check that a checkpoint is refused in one line, with the file, the reason and what to do about it."""
+    with pytest.raises(ValueError, match=r"; .*start without --resume$") as error:
+        load_checkpoint(folder)
+    said = str(error.value)
+    assert len(said.splitlines()) == 1 and str(folder / CHECKPOINT) in said
+    assert all(text in said for text in named), said
+    assert "damaged ()" not in said
+
+
+# ---------------------------------------------------------------------------------------------------- there and back
+
+
+@given(st.dictionaries(st.one_of(NAMES, st.text()), ARRAYS, max_size=5))
+@SAME_FOLDER
+def test_names_shapes_types_and_bytes_come_back(tmp_path: Path, weights: Weights) -> None:
+    save({}, weights, tmp_path)
+    check_equal(load_checkpoint(tmp_path)[1], weights)
+
+
+@given(METRICS)
+@SAME_FOLDER
+def test_metrics_come_back_exactly(tmp_path: Path, metrics: dict[str, Any]) -> None:
+    save(metrics, SMALL, tmp_path)
+    assert repr(load_checkpoint(tmp_path)[0]) == repr(metrics), "to the last digit, whether inf or nan"
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (2, 3)], ids=str)
+def test_every_type_and_shape(tmp_path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    weights = {"file": np.ones(shape, kind), "arr_0": np.zeros(shape, kind), "transposed": np.ones(shape, kind).T}
+    save({"rounds": [1]}, weights, tmp_path)
+    check_equal(load_checkpoint(tmp_path)[1], weights)
+
+
+# --------------------------------------------------------------------------------------------------- what is no good
+
+
+def test_a_missing_checkpoint(tmp_path: Path) -> None:
+    check_refused(tmp_path, "there is nothing to resume", "does not exist")
+    check_refused(tmp_path / "no" / "folder", "there is nothing to resume")
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+def test_a_checkpoint_that_is_cut_off_anywhere(tmp_path: Path) -> None:
+    path = save({"rounds": []}, SMALL, tmp_path)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        check_refused(tmp_path, "is damaged")
+
+
+@given(st.data())
+@SAME_FOLDER
+def test_a_bit_that_has_flipped_is_noticed_or_does_no_harm(tmp_path: Path, data: st.DataObject) -> None:
+    path = save({"rounds": [0.5]}, SMALL, tmp_path)
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    try:
+        metrics, record = load_checkpoint(tmp_path)
+    except ValueError:
+        check_refused(tmp_path, "is damaged")
+    else:
+        assert metrics == {"rounds": [0.5]}
+        check_equal(record, SMALL)
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"PK\3\4", b"PK\5\6", b"\x93NUMPY\1\0", b"\x80\4"]))
+@SAME_FOLDER
+def test_bytes_that_are_no_checkpoint(tmp_path: Path, content: bytes, start: bytes) -> None:
+    (tmp_path / CHECKPOINT).write_bytes(start + content)
+    check_refused(tmp_path, "is damaged")
+
+
+def test_a_folder_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT).mkdir()
+    check_refused(tmp_path, "is damaged", "Is a directory")
+
+
+class Bomb:
+    """An object that shows that it has been unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("it was unpickled",)
+
+
+HEADER = np.array(json.dumps({"metrics": {}, "names": ["w"]}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (np.array(Bomb(), object), np.ones(2)),
+        (HEADER, np.array([Bomb()], object)),
+        (np.ones(3), np.ones(2)),
+        (HEADER,),
+        (HEADER, np.ones(2), np.ones(2)),
+        (np.array("[]"), np.ones(2)),
+        (np.array("{}"), np.ones(2)),
+        (np.array('{"metrics": {}}'), np.ones(2)),
+        (np.array('{"metrics": {}, "names": 3}'), np.ones(2)),
+        (np.array('{"metrics": {}, "names": [3]}'), np.ones(2)),
+        (HEADER, np.ones(2, [(f"a field of a long name {i}", int) for i in range(500)])),  # NumPy says so in two lines
+        (),
+    ],
+    ids=["pickled header", "pickled array", "numbers as header", "too few", "too many", "list", "empty", "no names",
+         "no list of names", "no text as name", "large header", "nothing"],
+)  # fmt: skip
+def test_an_archive_of_something_else(tmp_path: Path, content: tuple[NDArray[Any], ...]) -> None:
+    np.savez(tmp_path / CHECKPOINT, *content)
+    check_refused(tmp_path, "is damaged")
+
+
+def test_a_single_array(tmp_path: Path) -> None:
+    with (tmp_path / CHECKPOINT).open("wb") as file:
+        np.save(file, HEADER)
+    check_refused(tmp_path, "is damaged")
+
+
+# --------------------------------------------------------------------------------------------------- the same config
+
+
+def another(value: Any) -> Any:
+    return not value if isinstance(value, bool) else "other" if isinstance(value, str) else value + 1
+
+
+@pytest.mark.parametrize("key", sorted(defaults().keys() - FREE))
+def test_a_changed_key_is_named_with_both_values(key: str, tmp_path: Path) -> None:
+    begun = defaults()
+    config = begun | {key: another(begun[key])}
+    said = f"cannot resume {tmp_path} with {key}={config[key]!r}: it was begun with {begun[key]!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        check_same(begun, config, tmp_path)
+    del begun[key]  # of a version that had no such key
+    with pytest.raises(ValueError, match=re.escape(f"{key}={config[key]!r}: it was begun with None")):
+        check_same(begun, config, tmp_path)
+
+
+def test_keys_that_no_past_round_depends_on_may_change(tmp_path: Path) -> None:
+    assert {"resume", "out", "num-server-rounds", "round-timeout"} == FREE
+    assert defaults().keys() >= FREE
+    check_same(defaults(), defaults() | {key: another(defaults()[key]) for key in FREE}, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------- a run and its end
+
+DATA = (np.zeros((6, 2)), np.arange(6)), (np.zeros((4, 2)), np.arange(4))
+
+
+def report(folder: Path, **changed: Any) -> Report:
+    config: Config = checked({"out": str(folder), **{key.replace("_", "-"): value for key, value in changed.items()}})
+    return Report(config, "here", DATA)
+
+
+def play(run: Report, rounds: int) -> None:
+    for number in range(rounds):
+        arrays = ArrayRecord({"w": Array(np.full(3, run.next_round + 0.1))})
+        run.round(arrays, train_loss=1 / 3 + number, server_accuracy=0.5)
+
+
+def test_a_report_goes_on_where_it_was_left(tmp_path: Path) -> None:
+    first = report(tmp_path)
+    assert first.next_round == 0 and first.arrays is None
+    play(first, 3)
+    second = report(tmp_path, resume=True, num_server_rounds=9)
+    assert second.next_round == 3 and second.metrics["rounds"] == first.metrics["rounds"]
+    assert second.arrays is not None
+    check_equal(second.arrays, {"w": np.full(3, 2.1)})
+    play(second, 1)
+    rounds = json.loads((tmp_path / "metrics.json").read_text())["rounds"]
+    assert [row["round"] for row in rounds] == [0, 1, 2, 3] and rounds[:3] == first.metrics["rounds"]
+    assert load_checkpoint(tmp_path)[0]["rounds"] == rounds
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", CHECKPOINT}, "nothing unfinished is left"
+
+
+def test_a_new_run_does_not_go_on(tmp_path: Path) -> None:
+    play(report(tmp_path), 2)
+    assert report(tmp_path).next_round == 0
+
+
+def test_a_report_refuses_another_config_or_other_data_and_keeps_what_is_there(tmp_path: Path) -> None:
+    play(report(tmp_path), 2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="with seed=5: it was begun with 0"):
+        report(tmp_path, resume=True, seed=5)
+    for name, data in (("there", DATA), ("here", (DATA[0], DATA[0]))):
+        with pytest.raises(ValueError, match=f"cannot resume {tmp_path}: it was begun with other data, here"):
+            Report(checked({"out": str(tmp_path), "resume": True}), name, data)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
