@@ -1,6 +1,6 @@
 """Is it the same training? Centralized, local and federated training of one task, side by side.
 
-    python compare.py --data DIR          # 10 clients, 10 rounds, 3 seeds; interrupted, it goes on where it was
+    python compare.py --data DIR          # 10 clients, 6 rounds, 3 seeds; interrupted, it goes on where it was
     python compare.py --quick             # a taste of it, on the embedded data, within two minutes
 
 Every argument about the accuracy of federated learning is about the budget that is held equal. Here are three: sample
@@ -26,7 +26,7 @@ from federation.config import Config, checked, parse
 from federation.partition import Rows, split
 from federation.task import client_seed, find_data, initial_net, load_task
 
-FULL: Config = {"num-clients": 10, "num-server-rounds": 10, "seeds": 3, "out": "runs/compare"}
+FULL: Config = {"num-clients": 10, "num-server-rounds": 6, "out": "runs/compare"}
 QUICK: Config = {
     "num-clients": 4,
     "num-server-rounds": 3,
@@ -171,8 +171,9 @@ def federated(partitioner: str, fraction: float = 1.0) -> Training:
     return train
 
 
-def trainings(skew: str) -> dict[str, Training]:
-    """Return everything that is compared, in the order in which it is run."""
+def trainings(skew: str, quick: bool) -> dict[str, Training]:
+    """Return everything that is compared, in the order in which it is run: `as_long` needs those before it."""
+    of_some_clients = {} if quick else {"partial participation": federated(skew, 0.5)}  # takes twice as many rounds
     return {
         "centralized": centralized,
         "centralized, as many steps": as_many_steps,
@@ -183,7 +184,7 @@ def trainings(skew: str) -> dict[str, Training]:
         "local only, non-IID": local_only(skew),
         "optimizer restart": restarted,
         "smaller shards": in_turns,
-        "partial participation": federated(skew, 0.5),
+        **of_some_clients,
     }
 
 
@@ -196,37 +197,36 @@ def command() -> int:
     parser.add_argument("--task", metavar="MODULE", help="what to train (default: cifar)")
     parser.add_argument("--data", metavar="DIR", help="the data folder, as in cifar.py")
     parser.add_argument("--clients", type=int, metavar="N", dest="num-clients", help="(default: 10)")
-    parser.add_argument("--rounds", type=int, metavar="N", dest="num-server-rounds", help="(default: 10)")
+    parser.add_argument("--rounds", type=int, metavar="N", dest="num-server-rounds", help="(default: 6)")
     parser.add_argument("--run-config", default="", metavar="'KEY=VALUE …'", help="as for server.py")
     parser.add_argument("--seeds", type=int, metavar="N", help="how many times, each with another seed (default: 3)")
     parser.add_argument("--out", metavar="DIR", help="for compare.json and compare.png (default: runs/compare)")
-    parser.add_argument("--quick", action="store_true", help="embedded data, 4 clients, 3 rounds, 1 seed")
-    args = vars(parser.parse_args())
-    preset = QUICK if args.pop("quick") else FULL
-    chosen = preset | {key: value for key, value in args.items() if value is not None}
-    seeds, run_config = chosen.pop("seeds"), chosen.pop("run_config")
+    parser.add_argument("--quick", action="store_true", help="embedded data, 4 clients, 3 rounds, 1 seed, no sampling")
+    args = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
+    quick, run_config = args.pop("quick"), args.pop("run_config")
+    seeds = args.pop("seeds", 1 if quick else 3)
     if seeds < 1:
         parser.error(f"--seeds {seeds}: 1 or more is needed")
     try:
-        config = checked(chosen | parse(run_config))
+        config = checked((QUICK if quick else FULL) | args | parse(run_config))
     except ValueError as error:
         parser.error(str(error))
     config["partitioner"] = "dirichlet" if config["partitioner"] == "iid" else config["partitioner"]
-    launch.share_cores()  # one process with all cores, until the simulation gives each client one of them
     config["data"] = find_data(load_task(config["task"]), config["data"])
-    run(config | {"out": launch.writable(config["out"])}, range(config["seed"], config["seed"] + seeds))
+    config["out"] = launch.writable(config["out"])
+    run(config, trainings(config["partitioner"], quick), range(config["seed"], config["seed"] + seeds))
     return 0
 
 
-def run(config: Config, seeds: range) -> None:
+def run(config: Config, chosen: dict[str, Training], seeds: range) -> None:
     """Run every cell that is not yet in compare.json, save each as it is done, and show tables and picture."""
     lab, path = Lab(config), Path(config["out"]) / "compare.json"
     cells = comparison.load(path, config)
-    wanted = [(seed, name) for seed in seeds for name in trainings(config["partitioner"])]
+    wanted = [(seed, name) for seed in seeds for name in chosen]
     for number, (seed, name) in enumerate(wanted, 1):
         done = cells.setdefault(str(seed), {})
         if name not in done:
-            done[name] = trainings(config["partitioner"])[name](lab, seed, done)
+            done[name] = chosen[name](lab, seed, done)
             comparison.save(path, config, cells)
         points = done[name]["points"]
         print(f"[{number}/{len(wanted)}] seed {seed}  {name:26}  accuracy {points[-1].accuracy:.4f}  "
@@ -235,9 +235,7 @@ def run(config: Config, seeds: range) -> None:
     results = comparison.summary(of_seeds)
     comparison.save(path, config, cells, summary=results)
     print(comparison.tables(results))
-    title = (
-        f"{config['task']}, {lab.samples:,} samples, {lab.clients} clients: mean and standard deviation of {len(seeds)}"
-    )
+    title = f"{config['task']}: {lab.samples:,} samples, {lab.clients} clients; mean and deviation, n = {len(seeds)}"
     comparison.draw(path.with_suffix(".png"), of_seeds, results, title, lab.samples)
     print(f"\nsaved compare.json and compare.png in {path.parent}")
 

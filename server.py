@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from federation import launch, weights
-from federation.checkpoint import check_same, load_checkpoint
+from federation.checkpoint import resumed
 from federation.config import checked, parse
 from federation.console import explained_run, reason
 from federation.report import Report, mark_failed
@@ -116,17 +116,12 @@ def command() -> int:
         overrides = {key: value for text in args.pop("run_config") for key, value in parse(text).items()}
         overrides |= {key: value for key, value in args.items() if value is not None}
         overrides |= {} if simulate is None else {"num-clients": simulate}
-        config = checked(overrides)
-        if config["resume"]:
-            begun = load_checkpoint(Path(config["out"]).expanduser())[0]["config"]
-            config = checked(begun | overrides)
+        config = resumed(overrides) if overrides.get("resume") else checked(overrides)
     except ValueError as error:
         parser.error(str(error))
     config["out"] = launch.writable(config["out"])
     task = load_task(config["task"])
     config["data"] = find_data(task, config["data"])
-    if config["resume"]:
-        check_same(begun, config, Path(config["out"]))
     check_enough(task.load_data(config["data"] or None), config)  # before the run, so that errors show at once
     if simulate is None:
         launch.check_free(address := address or ("127.0.0.1", 8080))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from federation.config import Config
+from federation.config import Config, checked
 from federation.console import reason
 
 CHECKPOINT = "checkpoint.npz"
@@ -34,6 +34,18 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ArrayRecord]:
     except Exception as error:  # a damaged archive shows itself in many ways
         why = reason(error)
         raise ValueError(f"checkpoint {path} is damaged ({why}); remove it and start without --resume") from None
+
+
+def resumed(overrides: Config) -> Config:
+    """Return the config of the run in the run folder; `overrides` need to repeat none of it, and may not change it.
+
+    Raises ValueError where there is no such run, or for another value of a key that its rounds depended on.
+    """
+    out = checked(overrides)["out"]
+    begun = load_checkpoint(Path(out).expanduser())[0]["config"]
+    config = checked(begun | overrides | {"out": out})
+    check_same(begun | {"data": config["data"]}, config, Path(out))  # paths are compared once they are absolute
+    return config
 
 
 def check_same(begun: Config, config: Config, folder: Path) -> None:

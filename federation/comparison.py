@@ -77,7 +77,7 @@ def summary(seeds: list[Cells]) -> dict[str, dict[str, Any]]:
     """Return, with a number per seed, the rows of the table and the steps of the gap."""
     return {
         "table": {row: _row(seeds, row, trainings) for row, trainings in ROWS.items()},
-        "gap": dict(zip([*STAIRS, "all together"], _stairs(seeds), strict=True)),
+        "gap": _gap(seeds),
     }
 
 
@@ -97,12 +97,13 @@ def _read(cells: Cells, trainings: Iterable[str], axis: str) -> float | None:
     return max(points, key=lambda point: float(getattr(point, axis))).accuracy if points else None
 
 
-def _stairs(seeds: list[Cells]) -> list[Numbers]:
+def _gap(seeds: list[Cells]) -> dict[str, Numbers]:
     """Return the points of accuracy that each change costs, and all of them together."""
-    names = ["centralized", *STAIRS.values()]
-    ends = [[100 * cells[name]["points"][-1].accuracy for cells in seeds] for name in names]
+    stairs = {change: training for change, training in STAIRS.items() if training in seeds[0]}
+    ends = [[100 * cells[name]["points"][-1].accuracy for cells in seeds] for name in ("centralized", *stairs.values())]
     pairs = [*pairwise(ends), (ends[0], ends[-1])]
-    return [[after - before for before, after in zip(*pair, strict=True)] for pair in pairs]
+    costs = [[after - before for before, after in zip(*pair, strict=True)] for pair in pairs]
+    return dict(zip([*stairs, "all together"], costs, strict=True))
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:

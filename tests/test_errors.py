@@ -13,7 +13,9 @@ import pytest
 import cifar
 import client
 import server
-from federation import launch
+from federation import launch, weights
+from federation.checkpoint import CHECKPOINT, save_checkpoint
+from federation.config import Config, checked
 from tests.conftest import ROOT, Terminals
 
 Command = Callable[..., tuple[int, str]]
@@ -84,6 +86,15 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--run-config", "fraction-train=1.5"], ["fraction-train=1.5", "to 1"]),
         (["--run-config", "seed=-1"], ["seed=-1", "0 to"]),
         (["--run-config", "seed=1", "--run-config", "batch-size=0"], ["batch-size=0"]),
+        (
+            ["--run-config", "partitioner='foo'"],
+            ["partitioner='foo'", "iid, dirichlet, pathological, shards, size-skewed"],
+        ),
+        (["--run-config", "alpha=0"], ["alpha=0", "0.001 to"]),
+        (["--run-config", "labels-per-client=0"], ["labels-per-client=0", "1 to"]),
+        (["--run-config", "resume=1"], ["resume=1", "bool"]),
+        (["--resume"], ["nothing to resume", "runs/federated/checkpoint.npz", "without --resume"]),
+        (["--run-config", "resume=true out='elsewhere'"], ["nothing to resume", "elsewhere/checkpoint.npz"]),
         (["--simulate", "0"], ["0", "out of range"]),
         (["--simulate", "-2"], ["-2", "out of range"]),
         (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
@@ -217,6 +228,69 @@ def test_only_a_server_is_taken_for_one(answer: bytes, expected: bool) -> None:
         thread.join()
 
 
+# ---------------------------------------------------------------------------------------------------- a run to resume
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """Return the folder of a run that has been interrupted after its first round."""
+    folder = tmp_path / "runs" / "federated"
+    config = checked({"data": cifar.EMBEDDED, "out": str(folder), "learning-rate": 0.01, "seed": 7})
+    dataset = {"name": cifar.EMBEDDED, "train": 10_000, "test": 2_000}
+    metrics = {"config": config, "dataset": dataset, "rounds": [{"round": 0}, {"round": 1}]}
+    folder.mkdir(parents=True)
+    save_checkpoint(metrics, weights.from_net(cifar.Net()), folder / CHECKPOINT)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--run-config", "learning-rate=0.02"], ["learning-rate=0.02", "0.01"]),
+        (["--run-config", "seed=8"], ["seed=8", "7"]),
+        (["--run-config", "batch-size=64"], ["batch-size=64", "32"]),
+        (["--run-config", "partitioner='dirichlet'"], ["partitioner='dirichlet'", "'iid'"]),
+        (["--clients", "3"], ["num-clients=3", "2"]),
+        (["--simulate", "3"], ["num-clients=3", "2"]),
+        (["--task", "benchmarks.niid_bench"], ["task='benchmarks.niid_bench'", "'cifar'"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_run_is_not_resumed_with_another_config(
+    command: Command, begun: Path, arguments: list[str], named: list[str]
+) -> None:
+    before = (begun / CHECKPOINT).read_bytes()
+    check(command("server.py", "--resume", *arguments), 2, "server.py", "cannot resume", "runs/federated", *named)
+    assert [path.name for path in begun.iterdir()] == [CHECKPOINT] and (begun / CHECKPOINT).read_bytes() == before
+
+
+def test_a_run_is_resumed_with_its_own_config(command: Command, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted: list[Config] = []
+    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated: hosted.append(config) or 0)
+    assert command("server.py", "--resume", "--rounds", "5", "--address", f"127.0.0.1:{launch.free_port()}")[0] == 0
+    (config,) = hosted
+    own = {"data": cifar.EMBEDDED, "out": str(begun), "learning-rate": 0.01, "seed": 7}
+    assert config == checked(own) | {"num-server-rounds": 5, "resume": True}
+
+
+def test_a_run_that_has_moved_is_resumed_where_it_is(
+    command: Command, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosted: list[Config] = []
+    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated: hosted.append(config) or 0)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert command("server.py", "--resume", "--simulate", "2")[0] == 0
+    assert hosted[0]["out"] == str(tmp_path / "elsewhere" / "runs" / "federated"), "and not at its old place"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_checkpoint_is_named(command: Command, begun: Path) -> None:
+    (begun / CHECKPOINT).write_bytes((begun / CHECKPOINT).read_bytes()[:-100])
+    check(command("server.py", "--resume"), 2, "server.py", str(Path("runs/federated") / CHECKPOINT), "is damaged")
+
+
 # ---------------------------------------------------------------------------------------------------- the client's line
 
 
@@ -264,6 +338,13 @@ def test_wrong_lines_end_their_processes_with_status_2(terminals: Terminals) -> 
     client = terminals.open("client.py", "--server", "nowhere")
     check((server.wait(), server.text), 2, "server.py", "'colour'")
     check((client.wait(), client.text), 2, "client.py", "'nowhere'")
+    check_nothing_is_left(terminals)
+
+
+def test_nothing_to_resume_ends_the_servers_process_with_status_2(terminals: Terminals) -> None:
+    outcome = terminals.run("server.py", "--resume", "--out", "here", "--simulate", "2", "--data", "embedded")
+    check(outcome, 2, "server.py", "nothing to resume", "here/checkpoint.npz")
+    assert not (terminals.folder / "here").exists()
     check_nothing_is_left(terminals)
 
 

@@ -25,6 +25,8 @@ COMMANDS = [
 RUN_ELSEWHERE = {  # by .ci/run, which calls make test and make demo; the latter consists of the others
     "make demo", "make test", "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
+    "python compare.py --quick",  # by test_compare
+    "python compare.py --data DIR", "python benchmarks/niid_bench.py --data DIR",  # by hand: they take hours
 }  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
 
 
 def test_every_command_is_run_by_a_test() -> None:
-    source = Path(__file__).read_text()
+    source = Path(__file__).read_text().replace("\\'", "'")  # as the shell is to see it
     for command in set(COMMANDS) - RUN_ELSEWHERE:
         assert f"'{command}'" in source or f'"{command}"' in source, f"no test runs: {command}"
 
@@ -115,6 +117,13 @@ def test_own_images_centralized_and_simulated(terminals: Terminals, checkout: Pa
     assert centralized.wait() == 0 and "200 training and 100 test images" in centralized.text
     server = terminals.shell("python server.py --data DIR" + " --simulate 2 --rounds 1", checkout)
     assert server.wait() == 0, server.text
+    begun = metrics(checkout / "runs" / "federated")["rounds"]
+    server = terminals.shell("python server.py --resume --rounds 5", checkout)
+    clients = [terminals.shell("python client.py", checkout) for _ in range(2)]
+    assert server.wait(400) == 0, server.text
+    assert [client.wait(30) for client in clients] == [0, 0]
+    rounds = metrics(checkout / "runs" / "federated")["rounds"]
+    assert rounds[:2] == begun and [row["clients"] for row in rounds] == [None] + [2] * 5
 
 
 @pytest.mark.slow
@@ -122,12 +131,27 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
     server = terminals.shell("python server.py --simulate 10", checkout)
     assert server.wait(400) == 0, server.text
     assert [row["clients"] for row in metrics(checkout / "runs" / "federated")["rounds"]] == [None, 10, 10, 10]
+    command = "python server.py --simulate 10 --run-config \"partitioner='dirichlet' alpha=0.1\""
+    server = terminals.shell(f"{command} --rounds 1 --out skewed", checkout)
+    assert server.wait(400) == 0, server.text
+    held = metrics(checkout / "skewed")["partitions"]
+    assert [sum(map(sum, held[split])) for split in ("train", "test")] == [10_000, 2_000]
+    assert min(map(sum, held["train"])) < 700 and max(map(sum, held["train"])) > 1_000
+    assert Image.open(checkout / "skewed" / "partitions.png").size > (500, 300)
     command = 'python server.py --simulate 4 --run-config "learning-rate=0.01 local-epochs=2 fraction-train=0.5"'
     server = terminals.shell(command, checkout)
     assert server.wait(400) == 0, server.text
     run = metrics(checkout / "runs" / "federated")
     assert [row["clients"] for row in run["rounds"]] == [None, 2, 2, 2]
     assert run["config"]["learning-rate"] == 0.01 and run["config"]["local-epochs"] == 2
+
+
+@pytest.mark.slow
+def test_the_ladder_takes_any_task(terminals: Terminals, checkout: Path) -> None:
+    command = "python -m pytest tests/test_ladder.py --task benchmarks.niid_bench --data embedded -rs"
+    ladder = terminals.shell(command, checkout)
+    assert ladder.wait(400) == 0, ladder.text
+    assert "train draws random numbers" in ladder.text, "the reason of what is skipped"
 
 
 @pytest.mark.slow

@@ -106,7 +106,9 @@ def test_the_picture_is_a_picture(run: SimpleNamespace) -> None:
 
 
 def test_nothing_unfinished_is_left_in_the_run_folder(run: SimpleNamespace) -> None:
-    assert {path.name for path in run.folder.iterdir()} == {"final_model.pt", "metrics.json", "curves.png", "log.txt"}
+    pictures = {"curves.png", "partitions.png"}
+    results = {"final_model.pt", "metrics.json", "checkpoint.npz", "log.txt"}
+    assert {path.name for path in run.folder.iterdir()} == pictures | results
 
 
 def test_simulation_ends_with_the_very_same_weights(run: SimpleNamespace, terminals: Terminals) -> None:
