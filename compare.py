@@ -97,8 +97,8 @@ class Lab:
         """Run client.py and server.py on Flower's Simulation Engine and return the rounds of metrics.json."""
         out = Path(self.config["out"]) / f"federated-{partitioner}-{fraction:g}-{seed}"
         config = self.config | {
-            "partitioner": partitioner, "seed": seed, "out": launch.writable(str(out)), "fraction-evaluate": 0.0,
-            "fraction-train": fraction, "num-server-rounds": round(self.rounds / fraction),
+            "partitioner": partitioner, "seed": seed, "out": launch.writable(str(out)), "resume": False,
+            "fraction-train": fraction, "fraction-evaluate": 0.0, "num-server-rounds": round(self.rounds / fraction),
         }  # fmt: skip
         with redirect_stdout(io.StringIO()):  # not its table; its progress bar goes to stderr
             if launch.host_run(("127.0.0.1", 0), config, self.clients):

@@ -244,6 +244,14 @@ def test_pathological_clients_hold_so_many_classes(classes: int, each: int, clie
         assert shares.max() - shares.min() <= 1, "those who hold a class hold as much of it"
 
 
+def test_which_classes_pathological_clients_hold_depends_on_the_seed() -> None:
+    def held(seed: int) -> list[list[bool]]:
+        chosen = config("pathological", seed=seed)
+        return (counts(split(LABELS, LABELS, 2 * CLASSES, chosen)["train"], LABELS) > 0).tolist()
+
+    assert held(0) == held(0) and len({str(held(seed)) for seed in range(4)}) == 4
+
+
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(1, 12), SEEDS)
 @few(40)
 def test_shards_of_one_class_give_a_client_no_more_classes_than_shards(
