@@ -36,9 +36,9 @@ def main(grid: Grid, context: Context) -> None:
     root = find_data(task, config["data"])
     data = task.load_data(root or None)
     net = initial_net(task, config["seed"])
+    clients = Roster(grid, config, root, data)
     report = Report(config, root, data)
     arrays = report.arrays or weights.from_net(net)
-    clients = Roster(grid, config, root, data)
     strategy = FedAvg(
         fraction_train=config["fraction-train"], fraction_evaluate=config["fraction-evaluate"],
         min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1,

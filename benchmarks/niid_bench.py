@@ -104,10 +104,11 @@ def run(partitioner: str, args: argparse.Namespace) -> int:
         f'partitioner="{partitioner}" seed={args.seed} local-epochs={args.local_epochs} batch-size=64'
         " learning-rate=0.01 fraction-evaluate=0.0"
     )
-    command = ["server.py", "--task", "benchmarks.niid_bench", "--rounds", str(args.rounds), "--out", str(out)]
-    command += ["--simulate", str(args.clients), "--run-config", config, *resume]
+    server = str(Path(__file__).resolve().parents[1] / "server.py")
+    command = [sys.executable, server, "--task", "benchmarks.niid_bench", "--run-config", config, *resume]
+    command += ["--simulate", str(args.clients), "--rounds", str(args.rounds), "--out", str(out)]
     command += ["--data", args.data] if args.data else []
-    return subprocess.run([sys.executable, *command], cwd=None, check=False).returncode
+    return subprocess.run(command, check=False).returncode
 
 
 def summary(partitioner: str, out: Path) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
 CAREFUL = """
 import numpy as np
 import torch

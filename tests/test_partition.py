@@ -123,7 +123,7 @@ CONFIGS = st.builds(
 
 
 @given(labels(), labels(60), st.integers(1, 12), CONFIGS)
-@few(100)
+@few(60)
 def test_whatever_is_asked_is_done_or_refused_in_a_line(
     train: NDArray[Any], test: NDArray[Any], clients: int, config: Config
 ) -> None:
@@ -170,7 +170,7 @@ def test_a_lone_client_holds_everything(partitioner: str) -> None:
 
 @pytest.mark.parametrize("partitioner", BY_CLASS)
 @given(st.lists(st.integers(30, 90), min_size=1, max_size=6), st.integers(0, 9), st.integers(0, 90), st.data())
-@few(12)
+@few(6)
 def test_the_test_set_is_dealt_out_as_the_training_set_is(
     partitioner: str, sizes: list[int], times: int, unseen: int, data: st.DataObject
 ) -> None:
@@ -202,7 +202,7 @@ def skew(labels: Any, clients: int, chosen: Config) -> float:
 
 
 @given(SEEDS)
-@few(8)
+@few(6)
 def test_dirichlet_is_the_more_skewed_the_smaller_alpha_is(seed: int) -> None:
     labels = np.arange(2000) % 10
     strong, weak, none = (
@@ -213,7 +213,7 @@ def test_dirichlet_is_the_more_skewed_the_smaller_alpha_is(seed: int) -> None:
 
 
 @given(st.integers(2, 8), st.sampled_from([0.003, 0.01, 0.1, 0.5, 5.0]), st.integers(1, 30), SEEDS)
-@few(40)
+@few(25)
 def test_dirichlet_keeps_to_the_smallest_size_and_gives_nothing_more_to_who_has_his_share(
     clients: int, alpha: float, least: int, seed: int
 ) -> None:
@@ -229,7 +229,7 @@ def test_dirichlet_keeps_to_the_smallest_size_and_gives_nothing_more_to_who_has_
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 12), SEEDS)
-@few(40)
+@few(25)
 def test_pathological_clients_hold_so_many_classes(classes: int, each: int, clients: int, seed: int) -> None:
     labels = np.arange(20 * classes) % classes
     chosen = config("pathological", seed=seed, labels_per_client=each)
@@ -253,7 +253,7 @@ def test_which_classes_pathological_clients_hold_depends_on_the_seed() -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(1, 12), SEEDS)
-@few(40)
+@few(25)
 def test_shards_of_one_class_give_a_client_no_more_classes_than_shards(
     clients: int, each: int, size: int, classes: int, seed: int
 ) -> None:
@@ -267,7 +267,7 @@ def test_shards_of_one_class_give_a_client_no_more_classes_than_shards(
 
 
 @given(labels(), st.integers(1, 6), st.integers(1, 4), SEEDS)
-@few(40)
+@few(25)
 def test_shards_of_any_classes(labels: NDArray[Any], clients: int, each: int, seed: int) -> None:
     """The pieces are equal, and only where a class ends in the midst of one has this one more class than one."""
     labels = labels[: len(labels) // (clients * each) * clients * each]
@@ -279,7 +279,7 @@ def test_shards_of_any_classes(labels: NDArray[Any], clients: int, each: int, se
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(1, 40), SEEDS)
-@few(40)
+@few(25)
 def test_shards_can_always_be_dealt_out(samples: int, clients: int, each: int, seed: int) -> None:
     """Shards of what cannot be cut evenly are as many as asked for, or more and smaller ones."""
     assume(samples >= clients)
@@ -291,7 +291,7 @@ def test_shards_can_always_be_dealt_out(samples: int, clients: int, each: int, s
 
 
 @given(st.integers(1, 400), st.integers(1, 12), SEEDS)
-@few(40)
+@few(25)
 def test_size_skewed_sizes_grow_evenly(samples: int, clients: int, seed: int) -> None:
     """They are rounded down, and the last client gets what is left. Flower computes them in floats: hence the 1.01."""
     expected = np.arange(1, clients + 1) * samples / (clients * (clients + 1) / 2)
