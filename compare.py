@@ -30,7 +30,6 @@ FULL: Config = {"num-clients": 10, "num-server-rounds": 6, "out": "runs/compare"
 QUICK: Config = {
     "num-clients": 4,
     "num-server-rounds": 3,
-    "seeds": 1,
     "out": "runs/compare-quick",
     "data": "embedded",
     "learning-rate": 0.02,
