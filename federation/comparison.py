@@ -11,7 +11,7 @@ from federation.checkpoint import FREE
 from federation.config import Config
 from federation.report import write_atomically
 
-TOLERANCE = 1.02  # how far a training may overdraw a budget: epochs and rounds are not divisible
+SPENT = 0.7, 1.02  # how much of a budget counts as all of it: epochs and rounds are not divisible
 
 
 class Point(NamedTuple):
@@ -76,8 +76,8 @@ def save(path: Path, config: Config, cells: dict[str, Cells], **more: Any) -> No
 def summary(seeds: list[Cells]) -> dict[str, dict[str, Any]]:
     """Return, with a number per seed, the rows of the table and the steps of the gap."""
     return {
-        "table": {row: _row(seeds, row, trainings) for row, trainings in ROWS.items()},
-        "gap": _gap(seeds),
+        "table": {row: _row(seeds, row, trainings) for row, trainings in ROWS.items() if row in seeds[0]},
+        "gap": _gap(seeds) if "optimizer restart" in seeds[0] else {},
     }
 
 
@@ -91,19 +91,20 @@ def _row(seeds: list[Cells], row: str, trainings: tuple[str, ...]) -> dict[str, 
 
 
 def _read(cells: Cells, trainings: Iterable[str], axis: str) -> float | None:
-    """Return the accuracy where a training has used up the budget: what the federated run on IID partitions took."""
-    budget = getattr(cells["federated, IID"]["points"][-1], axis) * TOLERANCE
-    points = [point for name in trainings for point in cells[name]["points"] if getattr(point, axis) <= budget]
-    return max(points, key=lambda point: float(getattr(point, axis))).accuracy if points else None
+    """Return the accuracy where a training has used up the budget, if it ever has: what "federated, IID" took."""
+    least, most = (part * getattr(cells["federated, IID"]["points"][-1], axis) for part in SPENT)
+    points = [point for name in trainings for point in cells.get(name, {"points": []})["points"]]
+    fitting = [(getattr(point, axis), point.accuracy) for point in points if least <= getattr(point, axis) <= most]
+    return float(max(fitting)[1]) if fitting else None
 
 
 def _gap(seeds: list[Cells]) -> dict[str, Numbers]:
     """Return the points of accuracy that each change costs, and all of them together."""
-    stairs = {change: training for change, training in STAIRS.items() if training in seeds[0]}
-    ends = [[100 * cells[name]["points"][-1].accuracy for cells in seeds] for name in ("centralized", *stairs.values())]
+    names = ("centralized", *STAIRS.values())
+    ends = [[100 * cells[name]["points"][-1].accuracy for cells in seeds] for name in names]
     pairs = [*pairwise(ends), (ends[0], ends[-1])]
     costs = [[after - before for before, after in zip(*pair, strict=True)] for pair in pairs]
-    return dict(zip([*stairs, "all together"], costs, strict=True))
+    return dict(zip([*STAIRS, "all together"], costs, strict=True))
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
@@ -123,7 +124,8 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
             lines.append(
                 f"{name}: {_spread(every, '.4f')} over clients and seeds, {min(every):.4f} to {max(every):.4f}"
             )
-    lines += ["", "from centralized to federated, in points of accuracy at equal sample visits"]
+    if results["gap"]:
+        lines += ["", "from centralized to federated, in points of accuracy at equal sample visits"]
     lines += [f"{name:24}{_spread(points, '+.2f'):>18}" for name, points in results["gap"].items()]
     return "\n".join(lines)
 
@@ -150,14 +152,16 @@ def draw(path: Path, seeds: list[Cells], results: dict[str, dict[str, Any]], tit
     from matplotlib.figure import Figure  # here, since it takes a second
 
     figure = Figure(figsize=(15, 4.8), layout="constrained")
-    by_visits, by_time, gap = figure.subplots(1, 3)
+    by_visits, by_time, *gap = figure.subplots(1, 3 if results["gap"] else 2)
     _lines(by_visits, seeds, lambda point: point.visits / samples, "sample visits, in epochs of the whole data set")
     _lines(by_time, seeds, lambda point: point.seconds, "seconds on this machine")
     for name, (colour, marker) in MARKS.items():
-        _mark(by_visits, [cells[name] for cells in seeds], samples, name, color=colour, marker=marker)
+        if name in seeds[0]:
+            _mark(by_visits, [cells[name] for cells in seeds], samples, name, color=colour, marker=marker)
     by_visits.legend(frameon=False, fontsize=9)
     by_time.sharey(by_visits)
-    _bars(gap, results["gap"])
+    for axes in gap:
+        _bars(axes, results["gap"])
     figure.suptitle(title)
     write_atomically(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
 

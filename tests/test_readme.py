@@ -65,7 +65,7 @@ def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
 
 
 def test_every_command_is_run_by_a_test() -> None:
-    source = Path(__file__).read_text().replace("\\'", "'")  # as the shell is to see it
+    source = Path(__file__).read_text().replace('\\"', '"')  # as the shell is to see it
     for command in set(COMMANDS) - RUN_ELSEWHERE:
         assert f"'{command}'" in source or f'"{command}"' in source, f"no test runs: {command}"
 
