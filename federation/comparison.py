@@ -108,26 +108,26 @@ def _gap(seeds: list[Cells]) -> dict[str, Numbers]:
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
-    """Return both tables as text."""
-    head = f"{'accuracy at equal':24}" + "".join(f"{text:>18}" for text in ("sample visits", "steps", "seconds"))
-    lines = ["", head + f"{'took (s)':>12}{'MB down':>10}{'MB up':>8}"]
-    for name, row in results["table"].items():
-        accuracies = "".join(f"{_spread(row[axis], '.4f'):>18}" for axis in Point._fields[:3])
-        traffic = "".join(
-            f"{mean(row[key]) / 1e6 if key in row else 0:{width}.1f}"
-            for key, width in (("bytes_down", 10), ("bytes_up", 8))
-        )
-        lines.append(f"{name:24}{accuracies}{mean(row['took']):12.1f}{traffic}")
-    for name, row in results["table"].items():
-        if "clients" in row:
-            every = [accuracy for clients in row["clients"] for accuracy in clients]
-            lines.append(
-                f"{name}: {_spread(every, '.4f')} over clients and seeds, {min(every):.4f} to {max(every):.4f}"
-            )
-    if results["gap"]:
-        lines += ["", "from centralized to federated, in points of accuracy at equal sample visits"]
-    lines += [f"{name:24}{_spread(points, '+.2f'):>18}" for name, points in results["gap"].items()]
+    """Return the table, what single clients reached, and the gap, as text."""
+    table, gap = results["table"], results["gap"]
+    head = "".join(f"{text:>18}" for text in ("sample visits", "steps", "seconds"))
+    lines = ["", f"{'accuracy at equal':24}{head}{'took (s)':>12}{'MB down':>10}{'MB up':>8}"]
+    lines += [_line(name, row) for name, row in table.items()]
+    lines += [_clients(name, row["clients"]) for name, row in table.items() if "clients" in row]
+    lines += ["", "from centralized to federated, in points of accuracy at equal sample visits"] if gap else []
+    lines += [f"{name:24}{_spread(points, '+.2f'):>18}" for name, points in gap.items()]
     return "\n".join(lines)
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    accuracies = "".join(f"{_spread(row[axis], '.4f'):>18}" for axis in Point._fields[:3])
+    down, up = (mean(row.get(key, [0])) / 1e6 for key in ("bytes_down", "bytes_up"))
+    return f"{name:24}{accuracies}{mean(row['took']):12.1f}{down:10.1f}{up:8.1f}"
+
+
+def _clients(name: str, accuracies: list[Numbers]) -> str:
+    every = [accuracy for of_seed in accuracies for accuracy in of_seed]
+    return f"{name}: {_spread(every, '.4f')} over clients and seeds, {min(every):.4f} to {max(every):.4f}"
 
 
 def _spread(numbers: list[Any], form: str) -> str:
