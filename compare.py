@@ -222,6 +222,8 @@ def run(config: Config, chosen: dict[str, Training], seeds: range) -> None:
     """Run every cell that is not yet in compare.json, save each as it is done, and show tables and picture."""
     lab, path = Lab(config), Path(config["out"]) / "compare.json"
     cells = comparison.load(path, config)
+    for partitioner in ("iid", config["partitioner"]):
+        lab.parts(partitioner, seeds[0])  # what cannot be split should show before hours of training
     wanted = [(seed, name) for seed in seeds for name in chosen]
     for number, (seed, name) in enumerate(wanted, 1):
         done = cells.setdefault(str(seed), {})

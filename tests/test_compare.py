@@ -240,6 +240,11 @@ def test_wrong_options_are_misuse(
     [
         (["--task", "no_such_task"], "task 'no_such_task' cannot be imported"),
         (["--data", "/no/such/folder"], "data folder /no/such/folder does not exist"),
+        (["--quick", "--clients", "2001"], "2000 samples cannot be split among 2001 clients"),
+        (
+            ["--quick", "--run-config", "partitioner='pathological'"],
+            "partitioner=pathological cannot split 10000 samples",
+        ),
     ],
 )
 def test_what_cannot_be_compared_fails_in_one_line(terminals: Terminals, options: list[str], named: str) -> None:
