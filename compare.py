@@ -1,7 +1,7 @@
 """Is it the same training? Centralized, local and federated training of one task, side by side.
 
     python compare.py --data DIR          # 10 clients, 6 rounds, 3 seeds; interrupted, it goes on where it was
-    python compare.py --quick             # a taste of it, on the embedded data, within two minutes
+    python compare.py --quick             # a taste of it, on the embedded data, in about two minutes
 
 Every argument about the accuracy of federated learning is about the budget that is held equal. Here are three: sample
 visits (of all clients together), sequential steps (of the client with the most samples), and seconds on this machine.
