@@ -20,8 +20,9 @@ from federation import launch, weights
 from federation.checkpoint import resumed
 from federation.config import checked, parse
 from federation.console import explained_run, reason
+from federation.partition import check_enough
 from federation.report import Report, mark_failed
-from federation.roster import Roster, check_enough, seed_sampling
+from federation.roster import Roster, seed_sampling
 from federation.task import find_data, initial_net, load_task
 
 app = ServerApp()
@@ -122,7 +123,8 @@ def command() -> int:
     config["out"] = launch.writable(config["out"])
     task = load_task(config["task"])
     config["data"] = find_data(task, config["data"])
-    check_enough(task.load_data(config["data"] or None), config)  # before the run, so that errors show at once
+    least = min(len(labels) for _, labels in task.load_data(config["data"] or None))
+    check_enough(least, config["num-clients"])  # before the run, so that errors show at once
     if simulate is None:
         launch.check_free(address := address or ("127.0.0.1", 8080))
     try:

@@ -25,7 +25,7 @@ def split(train_labels: Any, test_labels: Any, partitions: int, config: Config) 
     """
     name, seed = config["partitioner"], config["seed"]
     for labels in (train_labels, test_labels):
-        _check_enough(len(labels), partitions)
+        check_enough(len(labels), partitions)
     if name == "iid":
         return {"train": iid(len(train_labels), partitions, seed), "test": iid(len(test_labels), partitions, seed)}
     classes, test_classes = _classes(train_labels, name), _classes(test_labels, name)
@@ -42,12 +42,13 @@ def iid(samples: int, partitions: int, seed: int) -> list[Rows]:
     Flower Datasets has the same, and takes four seconds to import: too long for the default.
     Raises ValueError if there are fewer samples than partitions.
     """
-    _check_enough(samples, partitions)
+    check_enough(samples, partitions)
     order = np.random.default_rng(seed).permutation(samples).astype(np.int32)
     return [np.sort(part) for part in np.array_split(order, partitions)]
 
 
-def _check_enough(samples: int, partitions: int) -> None:
+def check_enough(samples: int, partitions: int) -> None:
+    """Raise ValueError if there are fewer samples than partitions."""
     if samples < partitions:
         raise ValueError(f"{samples} samples cannot be split among {partitions} clients: each needs one at least")
 

@@ -83,7 +83,8 @@ class Roster:
         try:
             check_version(facts["flwr"])
             key = name and f"{name} {facts['machine']}"
-            if facts["num-partitions"] and not self.clients:  # the first client to join settles how many there are
+            first = not self.clients  # the first client to join settles how many partitions there are
+            if first and facts["num-partitions"] not in (0, self.partitions):
                 self.deal(facts["num-partitions"])
             position = self.place(key, facts["partition-id"], facts["num-partitions"], copy)
             rows = self.rows_of(position) if copy else None
@@ -212,13 +213,6 @@ class Roster:
         deadline = time.monotonic() + (15 if node is None else 0)  # one who is refused holds nobody up
         while set(nodes) & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)
-
-
-def check_enough(data: Any, config: Config) -> None:
-    """Raise ValueError if there are fewer samples than clients."""
-    least, clients = min(len(labels) for _, labels in data), config["num-clients"]
-    if least < clients:
-        raise ValueError(f"{least} samples cannot be split among {clients} clients: each needs one at least")
 
 
 def check_version(theirs: str) -> None:

@@ -25,9 +25,9 @@ def to_net(arrays: ArrayRecord, net: Any) -> None:
 
 def as_before(old: ArrayRecord, new: ArrayRecord) -> ArrayRecord:
     """Return `new` with the dtypes of `old`: a weighted mean turns whole numbers, such as counters, into fractions."""
-    means = {name: array.numpy() for name, array in new.items()}
-    whole = {name: np.rint(mean) if old[name].numpy().dtype.kind in "iu" else mean for name, mean in means.items()}
-    return ArrayRecord({name: Array(np.asarray(mean, old[name].numpy().dtype)) for name, mean in whole.items()})
+    pairs = ((name, array.numpy(), np.dtype(old[name].dtype)) for name, array in new.items())
+    whole = ((name, np.rint(mean) if dtype.kind in "iu" else mean, dtype) for name, mean, dtype in pairs)
+    return ArrayRecord({name: Array(np.asarray(mean, dtype)) for name, mean, dtype in whole})
 
 
 def sha256(arrays: ArrayRecord) -> str:
