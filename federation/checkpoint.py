@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 
 from federation.config import Config, checked
 from federation.console import reason
+from federation.weights import encoded
 
 CHECKPOINT = "checkpoint.npz"
 FREE = {"resume", "out", "num-server-rounds", "round-timeout"}  # keys that no round that has been depends on
@@ -16,7 +17,7 @@ FREE = {"resume", "out", "num-server-rounds", "round-timeout"}  # keys that no r
 
 def save_checkpoint(metrics: dict[str, Any], arrays: ArrayRecord, path: Path) -> None:
     """Write metrics and global model to one file, so that they always fit together."""
-    header = json.dumps({"metrics": metrics, "names": list(arrays)})
+    header = json.dumps({"metrics": metrics, "dtypes": {name: array.dtype for name, array in arrays.items()}})
     with path.open("wb") as file:
         np.savez(file, np.array(header), *(array.numpy() for array in arrays.values()))
 
@@ -28,7 +29,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ArrayRecord]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
             text, *arrays = (saved[name] for name in saved.files)
         header = json.loads(str(text))
-        return header["metrics"], ArrayRecord(dict(zip(header["names"], map(Array, arrays), strict=True)))
+        pairs = zip(header["dtypes"].items(), arrays, strict=True)
+        return header["metrics"], ArrayRecord({name: encoded(array.astype(dtype)) for (name, dtype), array in pairs})
     except FileNotFoundError:
         raise ValueError(f"there is nothing to resume: {path} does not exist; start without --resume") from None
     except Exception as error:  # a damaged archive shows itself in many ways

@@ -45,7 +45,7 @@ class Report:
             "dataset": {"name": root or str(config["task"]), "train": len(x_train), "test": len(x_test)},
             "seed": config["seed"],
             "config": config,
-            "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in ("flwr", *_frameworks())},
+            "versions": {"python": sys.version.split()[0], "flwr": version("flwr")} | _frameworks(),
             "final_weights_sha256": None,
             "status": "running",
             "partitions": {},
@@ -93,11 +93,13 @@ class Report:
         """Save the final model and the picture."""
         assert self.arrays is not None
         weights.to_net(self.arrays, net)
-        write_atomically(self.folder / "final_model.pt", lambda path: weights.save(net, path))
+        framework = weights.framework(net)
+        model = self.folder / f"final_model{framework.suffix}"
+        write_atomically(model, lambda path: framework.save(net, path))
         self.metrics |= {"final_weights_sha256": weights.sha256(self.arrays), "status": "finished"}
         self._draw("curves")
         self._write()
-        say(f"saved final_model.pt, metrics.json and curves.png in {self.folder}")
+        say(f"saved {model.name}, metrics.json and curves.png in {self.folder}")
 
     def fail(self) -> None:
         self.metrics["status"] = "failed"
@@ -129,8 +131,9 @@ def mark_failed(folder: Path) -> None:
         write_atomically(path, lambda unfinished: unfinished.write_text(failed, "utf-8"))
 
 
-def _frameworks() -> list[str]:
-    return [name for name in ("torch", "torchvision", "jax", "flax", "keras", "tensorflow") if name in sys.modules]
+def _frameworks() -> dict[str, str]:
+    names = ("torch", "torchvision", "jax", "flax", "optax", "keras", "tensorflow")
+    return {name: str(sys.modules[name].__version__).split("+")[0] for name in names if name in sys.modules}
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -1,49 +1,173 @@
-"""Model ↔ ArrayRecord."""
+"""Model ↔ ArrayRecord for PyTorch, Keras and Flax NNX. It imports none of them: a model's own framework is loaded.
+
+What NumPy itself has no type for (bfloat16, the float8 types) travels as float32, under its own name: Flower's strategies
+can average that, and every value comes out as it went in.
+"""
 
 import hashlib
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import ml_dtypes  # noqa: F401  (teaches NumPy the names of such types)
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+Values = Mapping[str, NDArray[Any]]
+
+
+class Framework(Protocol):
+    """How to read and write the weights and buffers of a model, by name, and how to save it."""
+
+    model: str  # the class of its models
+    suffix: str  # of its own file format
+
+    def read(self, net: Any) -> Values: ...
+    def write(self, net: Any, values: Values) -> None: ...
+    def save(self, net: Any, path: Path) -> None: ...
+
+
+class Keras:
+    """A Keras model: its weights by their paths. The random state of its layers is not among them."""
+
+    model, suffix = "keras.Model", ".keras"
+
+    def read(self, net: Any) -> Values:
+        convert = sys.modules["keras"].ops.convert_to_numpy
+        return {name: convert(variable) for name, variable in self.variables(net).items()}
+
+    def write(self, net: Any, values: Values) -> None:
+        for name, variable in self.variables(net).items():
+            variable.assign(values[name])
+
+    def variables(self, net: Any) -> dict[str, Any]:
+        paths = [variable.path for variable in net.weights]  # layers of a model of one's own may share a name
+        return {path if paths.count(path) == 1 else f"{path}.{i}": net.weights[i] for i, path in enumerate(paths)}
+
+    def save(self, net: Any, path: Path) -> None:
+        net.save(path)
+
+
+class Torch:
+    """A torch.nn.Module: its state_dict."""
+
+    model, suffix = "torch.nn.Module", ".pt"
+
+    def read(self, net: Any) -> Values:
+        return {name: self.numpy(name, tensor) for name, tensor in net.state_dict().items()}
+
+    def numpy(self, name: str, tensor: Any) -> NDArray[Any]:
+        if not isinstance(tensor, sys.modules["torch"].Tensor):
+            raise ValueError(f"{name} of the model's state_dict is of type {type(tensor).__name__}, not a tensor")
+        tensor = tensor.detach().cpu()
+        try:
+            return np.asarray(tensor.numpy())
+        except TypeError:
+            return np.asarray(tensor.float().numpy().astype(str(tensor.dtype).removeprefix("torch.")))
+
+    def write(self, net: Any, values: Values) -> None:
+        net.load_state_dict({name: sys.modules["torch"].from_numpy(value) for name, value in values.items()})
+
+    def save(self, net: Any, path: Path) -> None:
+        sys.modules["torch"].save(net.state_dict(), model := io.BytesIO())
+        path.write_bytes(model.getvalue())
+
+
+class Flax:
+    """A Flax NNX module: its state, a.b.c for the path (a, b, c), without its random state. Saved as arrays by name."""
+
+    model, suffix = "flax.nnx.Module", ".npz"
+
+    def read(self, net: Any) -> Values:
+        return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in self.state(net)}
+
+    def state(self, net: Any) -> list[tuple[tuple[Any, ...], Any]]:
+        nnx = sys.modules["flax.nnx"]
+        return list(nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState))))
+
+    def write(self, net: Any, values: Values) -> None:
+        nnx, as_array = sys.modules["flax.nnx"], sys.modules["jax"].numpy.asarray
+        new = [(path, variable.replace(as_array(values[".".join(map(str, path))], variable.dtype)))
+               for path, variable in self.state(net)]  # fmt: skip
+        nnx.update(net, nnx.from_flat_state(new))
+
+    def save(self, net: Any, path: Path) -> None:
+        np.savez(path, **{name: array.numpy() for name, array in from_net(net).items()})
+
+
+FRAMEWORKS: tuple[Framework, ...] = (Keras(), Torch(), Flax())  # a Keras model on torch is a torch.nn.Module, too
+
+
+def framework(net: Any) -> Framework:
+    """Return the framework that `net` is made with. Raises ValueError where it is made with none of them."""
+    for candidate in FRAMEWORKS:
+        module, _, name = candidate.model.rpartition(".")
+        if module in sys.modules and isinstance(net, getattr(sys.modules[module], name)):
+            return candidate
+    known = ", ".join(candidate.model for candidate in FRAMEWORKS)
+    raise ValueError(f"Net() returned an object of type {type(net).__name__}, not one of: {known}")
+
+
+# --------------------------------------------------------------------------------------------------------- records
 
 
 def from_net(net: Any) -> ArrayRecord:
-    """Return all weights and buffers of `net`, by name."""
-    return ArrayRecord(net.state_dict())
+    """Return all weights and buffers of `net`, by name. Raises ValueError where there are none, or other things."""
+    values = framework(net).read(net)
+    if not values:
+        raise ValueError("Net() returned a model without weights; one that builds itself late needs its input's shape")
+    return ArrayRecord({name: encoded(value) for name, value in values.items()})
 
 
 def to_net(arrays: ArrayRecord, net: Any) -> None:
-    """Copy `arrays` into `net`. Raises ValueError where a name or a shape does not fit."""
-    try:
-        net.load_state_dict(arrays.to_torch_state_dict())
-    except RuntimeError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    """Copy `arrays` into `net`. Raises ValueError where a name, a shape or a dtype does not fit."""
+    check_alike(arrays, from_net(net))
+    framework(net).write(net, {name: array.numpy() for name, array in arrays.items()})
+
+
+def check_alike(found: ArrayRecord, expected: ArrayRecord) -> None:
+    """Raise ValueError unless both have entries of the same names, shapes and dtypes."""
+    for name in [*expected, *found]:
+        sent, ours = (_facts(arrays.get(name)) for arrays in (found, expected))
+        if sent != ours:
+            raise ValueError(f"{name} does not fit: what was sent has {sent}, the model {ours}")
+
+
+def _facts(array: Array | None) -> str:
+    return f"{array.dtype} of shape {tuple(array.shape)}" if array else "nothing of that name"
+
+
+def encoded(values: NDArray[Any]) -> Array:
+    """Return `values` as an Array that any strategy can average."""
+    if values.dtype.kind != "V":
+        return Array(values)
+    plain = Array(values.astype(np.float32))
+    return Array(str(values.dtype), plain.shape, plain.stype, plain.data)
+
+
+def decoded(array: Array) -> NDArray[Any]:
+    """Return an Array's values in their own dtype."""
+    return array.numpy().astype(array.dtype, copy=False)
 
 
 def as_before(old: ArrayRecord, new: ArrayRecord) -> ArrayRecord:
     """Return `new` with the dtypes of `old`: a weighted mean turns whole numbers, such as counters, into fractions."""
     pairs = ((name, array.numpy(), np.dtype(old[name].dtype)) for name, array in new.items())
-    whole = ((name, np.rint(mean) if dtype.kind in "iu" else mean, dtype) for name, mean, dtype in pairs)
-    return ArrayRecord({name: Array(np.asarray(mean, dtype)) for name, mean, dtype in whole})
+    whole = ((name, np.rint(mean) if dtype.kind in "biu" else mean, dtype) for name, mean, dtype in pairs)
+    return ArrayRecord({name: encoded(np.asarray(mean, dtype)) for name, mean, dtype in whole})
 
 
 def sha256(arrays: ArrayRecord) -> str:
     """Digest the raw little-endian bytes of all arrays, in the model's own order."""
     digest = hashlib.sha256()
-    for array in (array.numpy() for array in arrays.values()):
-        digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+    for value in map(decoded, arrays.values()):
+        digest.update(np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes())
     return digest.hexdigest()
 
 
 def size(arrays: ArrayRecord) -> int:
     """Return how many bytes `arrays` take on the wire."""
     return sum(len(array.data) for array in arrays.values())
-
-
-def save(net: Any, path: Path) -> None:
-    """Write `net` in its framework's own format: a state_dict."""
-    sys.modules["torch"].save(net.state_dict(), model := io.BytesIO())
-    path.write_bytes(model.getvalue())
