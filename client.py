@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from federation import launch, weights
 from federation.config import checked
 from federation.console import explained, say, tell
-from federation.task import client_seed, data_digest, load_task
+from federation.task import build_net, client_seed, data_digest, load_task, read_data, source_digest
 
 app = ClientApp()
 
@@ -32,15 +32,16 @@ def train(message: Message, context: Context) -> Message:
     config, order, task = checked(context.run_config), instructions(message), open_task(context)
     started = time.perf_counter()
     x, y = own_samples("train", task, message, context)
-    net = task.Net()
-    weights.to_net(message.content.array_records["arrays"], net)
     epochs_before = (order["server-round"] - 1) * config["local-epochs"]
+    seed = client_seed(config["seed"], order["position"], epochs_before)
+    net = build_net(task, seed)
+    weights.to_net(message.content.array_records["arrays"], net)
     loss = task.train(
         net,
         (x, y),
         epochs=config["local-epochs"],
         batch_size=config["batch-size"],
-        seed=client_seed(config["seed"], order["position"], epochs_before),
+        seed=seed,
         **({"lr": config["learning-rate"]} if config["learning-rate"] else {}),
     )
     seconds = time.perf_counter() - started
@@ -56,7 +57,7 @@ def evaluate(message: Message, context: Context) -> Message:
     task = open_task(context)
     started = time.perf_counter()
     x, y = own_samples("test", task, message, context)
-    net = task.Net()
+    net = build_net(task, checked(context.run_config)["seed"])
     weights.to_net(message.content.array_records["arrays"], net)
     loss, accuracy = task.test(net, (x, y))
     seconds = time.perf_counter() - started
@@ -69,7 +70,8 @@ def evaluate(message: Message, context: Context) -> Message:
 @explained
 def join(message: Message, context: Context) -> Message:
     """Tell the server who this is, which partition it wants (-1: any), and which data it has."""
-    node, data = context.node_config, load_data(open_task(context), message, context)
+    node, task = context.node_config, open_task(context)
+    data = load_data(task, message, context)
     say(f"joining with {len(data[0][1]):,} training and {len(data[1][1]):,} test samples at hand")
     facts = {
         "name": node.get("name", ""),
@@ -77,6 +79,7 @@ def join(message: Message, context: Context) -> Message:
         "num-partitions": node.get("num-partitions", 0),
         "machine": f"{uuid.getnode():x}",
         "flwr": version("flwr"),
+        "task": source_digest(task),
         "data": data_digest(data),
     }
     return answer(message, client=ConfigRecord({**facts}))
@@ -105,7 +108,7 @@ def open_task(context: Context) -> ModuleType:
 
 def load_data(task: ModuleType, message: Message, context: Context) -> Any:
     """Return the whole data set: this client's own, or else the one that the server names."""
-    return task.load_data(context.node_config.get("data") or instructions(message)["data"] or None)
+    return read_data(task, str(context.node_config.get("data") or instructions(message)["data"]))
 
 
 def own_samples(split: str, task: ModuleType, message: Message, context: Context) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ from federation import comparison, launch
 from federation.comparison import Cell, Cells, Point
 from federation.config import Config, checked, parse
 from federation.partition import Rows, split
-from federation.task import client_seed, find_data, initial_net, load_task
+from federation.task import build_net, client_seed, find_data, load_task, read_data
 
 FULL: Config = {"num-clients": 10, "num-server-rounds": 6, "out": "runs/compare"}
 QUICK: Config = {
@@ -43,7 +43,7 @@ class Lab:
 
     def __init__(self, config: Config) -> None:
         self.config, self.task = config, load_task(config["task"])
-        self.train_data, self.test_data = self.task.load_data(config["data"] or None)
+        self.train_data, self.test_data = read_data(self.task, config["data"])
         self.samples = len(self.train_data[1])
         self.rounds, self.clients, self.local_epochs = (
             config[key] for key in ("num-server-rounds", "num-clients", "local-epochs")
@@ -69,7 +69,7 @@ class Lab:
 
     def train_at_once(self, rows: Rows | None, epochs: int, seed: int) -> list[Point]:
         """Train as the plain script does; a task whose train has `after_epoch` yields a point per epoch, others one."""
-        net, started, points = initial_net(self.task, seed), time.perf_counter(), []
+        net, started, points = build_net(self.task, seed), time.perf_counter(), []
         samples = self.samples if rows is None else len(rows)
 
         def after_epoch(epoch: int, loss: float = 0.0) -> None:
@@ -84,7 +84,7 @@ class Lab:
 
     def train_in_turns(self, shards: Sequence[Rows | None], seed: int) -> list[Point]:
         """Train one net on one shard after the other, as often as there are rounds, each with a new optimizer."""
-        net, started, points = initial_net(self.task, seed), time.perf_counter(), []
+        net, started, points = build_net(self.task, seed), time.perf_counter(), []
         steps = sum(self.steps(self.samples if rows is None else len(rows)) for rows in shards) * self.local_epochs
         for done in range(self.rounds):
             for position, rows in enumerate(shards):
@@ -146,7 +146,7 @@ def local_only(partitioner: str) -> Training:
         alone, parts = [], lab.parts(partitioner, seed)
         epochs, started = lab.rounds * lab.local_epochs, time.perf_counter()
         for position, rows in enumerate(parts):
-            net = initial_net(lab.task, seed)
+            net = build_net(lab.task, seed)
             lab.train(net, rows, epochs, client_seed(seed, position, 0))
             alone.append(lab.test(net))
         steps, seconds = epochs * lab.steps(max(map(len, parts))), time.perf_counter() - started

@@ -23,7 +23,7 @@ from federation.console import explained_run, reason
 from federation.partition import check_enough
 from federation.report import Report, mark_failed
 from federation.roster import Roster, seed_sampling
-from federation.task import find_data, initial_net, load_task
+from federation.task import build_net, find_data, load_task, read_data
 
 app = ServerApp()
 
@@ -35,8 +35,8 @@ def main(grid: Grid, context: Context) -> None:
     config = checked(context.run_config)
     task = load_task(config["task"])
     root = find_data(task, config["data"])
-    data = task.load_data(root or None)
-    net = initial_net(task, config["seed"])
+    data = read_data(task, root)
+    net = build_net(task, config["seed"])
     clients = Roster(grid, config, root, data)
     report = Report(config, root, data)
     arrays = report.arrays or weights.from_net(net)
@@ -123,7 +123,7 @@ def command() -> int:
     config["out"] = launch.writable(config["out"])
     task = load_task(config["task"])
     config["data"] = find_data(task, config["data"])
-    least = min(len(labels) for _, labels in task.load_data(config["data"] or None))
+    least = min(len(labels) for _, labels in read_data(task, config["data"]))
     check_enough(least, config["num-clients"])  # before the run, so that errors show at once
     if simulate is None:
         launch.check_free(address := address or ("127.0.0.1", 8080))

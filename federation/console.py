@@ -19,6 +19,7 @@ Handler = Callable[[Message, Context], Message]
 PREFIX = "federation: "
 CONTROL = "federation# "
 MARK = "FEDERATION_SESSION"  # the environment variable that all processes of a launcher carry
+FOLDER = "FEDERATION_FOLDER"  # and the one that names the folder in which the user started it
 
 
 def say(text: str) -> None:

@@ -28,10 +28,12 @@ import psutil
 from tqdm import tqdm
 
 from federation.config import Config
-from federation.console import CONTROL, MARK, PREFIX
+from federation.console import CONTROL, FOLDER, MARK, PREFIX
+from federation.task import load_task, sources
 
 LOST_AFTER = 10  # seconds without an answer, after which a client takes its server for gone
 ROOT = Path(__file__).resolve().parents[1]
+THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "PJRT_NPROC")  # PyTorch, Keras, JAX
 
 
 class LaunchError(Exception):
@@ -41,6 +43,7 @@ class LaunchError(Exception):
 def run_command(command: Callable[[], int]) -> None:
     """Run a program and exit with its status, with 1 and one line if it fails, with 130 after Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ[FOLDER] = str(Path.cwd())
     name = Path(sys.argv[0]).name
     try:
         sys.exit(command())
@@ -82,6 +85,8 @@ class Session:
             "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"])),
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # the default of 1 s delays every message
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # the default of TensorFlow, and JAX, is to take a whole GPU: that
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves nothing to a second client, or the server
         }  # fmt: skip
 
     def start(self, *command: str) -> "subprocess.Popen[str]":
@@ -262,13 +267,26 @@ def submit(
     overrides.write_text(
         "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in run_config.items()), "utf-8"
     )
-    command = ["flwr", "run", str(ROOT), "ours", "--stream", "--run-config", str(overrides)]
+    app = bundle(ours.home / "app", str(run_config["task"]))
+    command = ["flwr", "run", str(app), "ours", "--stream", "--run-config", str(overrides)]
     if simulated_clients:
         command += [
             "--federation-config", f"num-supernodes={simulated_clients} client-resources-num-cpus=1 "
             f"init-args-num-cpus={min(cores(), simulated_clients)} init-args-log-to-driver=false",
         ]  # fmt: skip
     return ours.start(*command)
+
+
+def bundle(folder: Path, task: str) -> Path:
+    """Gather in `folder` what clients need: client, server, and the task with what it imports from beside it.
+
+    Of the whole project, Flower would ship every script, and look through all environments in it first.
+    """
+    ours = [ROOT / name for name in ("pyproject.toml", "client.py", "server.py")] + [*ROOT.glob("federation/*.py")]
+    for name, path in (sources(load_task(task)) | {str(path.relative_to(ROOT)): path for path in ours}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------- the client
@@ -279,7 +297,7 @@ def join_run(server: tuple[str, int], wait: float, node_config: Config, threads:
 
     Waits up to `wait` seconds for the server, at the start and whenever it goes away. Raises LaunchError after that.
     """
-    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    environment = dict.fromkeys(THREADS, str(threads)) if threads else {}
     with place_on_host() as (name, log), session(log, **environment) as ours:
         while True:
             wait_for_server(server, wait)
@@ -346,10 +364,12 @@ def share_cores() -> None:
 
     Frameworks take all cores by default, and clients that share a host then slow each other down several times.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
+    if THREADS[0] not in os.environ:
         commands = (" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
         clients = sum("flower-supernode" in command for command in commands)
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // max(1, clients)))
+        os.environ[THREADS[0]] = str(max(1, cores() // max(1, clients)))
+    for variable in THREADS:
+        os.environ.setdefault(variable, os.environ[THREADS[0]])
 
 
 def cores() -> int:

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from federation import partition, weights
 from federation.config import Config
 from federation.console import reason, say, tell
-from federation.task import data_digest
+from federation.task import data_digest, load_task, source_digest
 
 POLL = 0.5  # seconds between two looks for replies: more looks take time from clients on the same machine
 PRESENCE = 2.0  # seconds between two looks at who is still there
@@ -36,7 +36,7 @@ class Roster:
 
     def __init__(self, grid: Grid, config: Config, root: str, data: Any) -> None:
         self.grid, self.config, self.root = grid, config, root
-        self.digest = data_digest(data)
+        self.digest, self.code = data_digest(data), source_digest(load_task(config["task"]))
         self.labels = data[0][1], data[1][1]
         self.deal(config["num-clients"])
         self.clients: dict[int, Client] = {}  # by node
@@ -82,6 +82,9 @@ class Roster:
         name, copy = facts["name"], facts["data"] == self.digest
         try:
             check_version(facts["flwr"])
+            if facts["task"] != self.code:
+                raise ValueError(f"its copy of {self.config['task']} differs from the server's: copy that, or start "
+                                 "the client in a folder without one, and it runs the server's")  # fmt: skip
             key = name and f"{name} {facts['machine']}"
             first = not self.clients  # the first client to join settles how many partitions there are
             if first and facts["num-partitions"] not in (0, self.partitions):

@@ -3,14 +3,16 @@
 import hashlib
 import importlib
 import inspect
+import os
 import random
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from federation.console import reason
+from federation.console import FOLDER, reason
 
 CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the arguments that it is called with
     "Net": (),
@@ -18,14 +20,26 @@ CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the argume
     "train": ("net", "data", "epochs", "lr", "batch_size", "seed"),
     "test": ("net", "data"),
 }
+EXTRAS = {"jax": "jax", "flax": "jax", "optax": "jax", "keras": "keras", "tensorflow": "keras"}
+MAIN_ONLY = "it exits when it is imported; move what only the script itself does below: if __name__ == '__main__':"
 
 
 def load_task(name: str) -> ModuleType:
-    """Import the task `name`. Raises ValueError where it cannot be imported or breaks the contract."""
+    """Import the task `name`, from the folder in which the program was started if it is there.
+
+    Raises ValueError where it cannot be imported or breaks the contract.
+    """
+    if FOLDER in os.environ and os.environ[FOLDER] not in sys.path:
+        sys.path.insert(0, os.environ[FOLDER])
     try:
         task = importlib.import_module(name)
+    except SystemExit as error:
+        why = error.code if isinstance(error.code, str) else MAIN_ONLY
+        raise ValueError(f"task {name!r} cannot be imported: {why}") from None
     except Exception as error:  # whatever the script does when it is imported
-        raise ValueError(f"task {name!r} cannot be imported: {reason(error)}") from None
+        extra = EXTRAS.get((getattr(error, "name", None) or "").split(".")[0])
+        remedy = f"; install it by: pip install '.[{extra}]'" if extra else ""
+        raise ValueError(f"task {name!r} cannot be imported: {reason(error)}{remedy}") from None
     for function, arguments in CONTRACT.items():
         _check_function(task, function, arguments)
     return task
@@ -41,13 +55,48 @@ def _check_function(task: ModuleType, name: str, arguments: tuple[str, ...]) -> 
         raise ValueError(f"{task.__file__}: {name}() takes no {', '.join(missing)}")
 
 
+def sources(task: ModuleType) -> dict[str, Path]:
+    """Return the files of a task: its own, and those that it imports from beside it. An installed one has none.
+
+    The keys are the paths from the folder in which Python has found the task.
+    """
+    file = Path(str(task.__file__)).absolute()
+    base = file.parents[task.__name__.count(".") + (file.name == "__init__.py")]
+    files = [Path(str(module.__file__)) for module in sys.modules.values() if getattr(module, "__file__", None)]
+    ours = [path for path in files if path.is_relative_to(base) and not path.is_relative_to(sys.prefix)]
+    return {path.relative_to(base).as_posix(): path for path in ours if path.suffix == ".py"}
+
+
+def source_digest(task: ModuleType) -> str:
+    """Digest the task's own file: it tells a copy of the script from another version of it."""
+    return hashlib.sha256(Path(str(task.__file__)).read_bytes()).hexdigest()[:16]
+
+
 def find_data(task: ModuleType, root: str) -> str:
     """Return the place that the task would read for `root`, where the task can say so."""
-    return str(task.find_data(root or None)) if hasattr(task, "find_data") else root
+    if hasattr(task, "find_data"):
+        return str(task.find_data(root or None))
+    return str(Path(root).expanduser().absolute()) if root and Path(root).expanduser().exists() else root
 
 
-def initial_net(task: ModuleType, seed: int) -> Any:
+def read_data(task: ModuleType, root: str | None) -> Any:
+    """Return the task's `((x_train, y_train), (x_test, y_test))`. Raises ValueError where they are something else."""
+    try:
+        data = task.load_data(root or None)
+        lengths = [(len(x), len(y)) for x, y in data]
+    except Exception as error:  # whatever the script's own reading may come upon
+        raise ValueError(f"{task.__name__}.load_data({root or None!r}) failed: {reason(error)}") from None
+    if len(lengths) != 2 or any(samples != labels or not labels for samples, labels in lengths):
+        raise ValueError(f"{task.__file__}: load_data() should return (x_train, y_train), (x_test, y_test), a label "
+                         f"for each sample, but the numbers of samples and labels are: {lengths}")  # fmt: skip
+    return data
+
+
+def build_net(task: ModuleType, seed: int) -> Any:
     """Build the model from `seed`: given to Net if it takes one, and to each random generator that is loaded."""
+    if keras := sys.modules.get("keras"):
+        keras.utils.clear_session()  # or memory grows from model to model, and the names of weights count on
+        keras.utils.set_random_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     if torch := sys.modules.get("torch"):

@@ -1,7 +1,7 @@
 """Model ↔ ArrayRecord for PyTorch, Keras and Flax NNX. It imports none of them: a model's own framework is loaded.
 
-What NumPy itself has no type for (bfloat16, the float8 types) travels as float32, under its own name: Flower's strategies
-can average that, and every value comes out as it went in.
+What NumPy itself has no type for (bfloat16, the float8 types) travels as float32, under its own name: Flower's
+strategies can average that, and every value comes out as it went in.
 """
 
 import hashlib
@@ -95,7 +95,8 @@ class Flax:
         nnx.update(net, nnx.from_flat_state(new))
 
     def save(self, net: Any, path: Path) -> None:
-        np.savez(path, **{name: array.numpy() for name, array in from_net(net).items()})
+        values: dict[str, Any] = {name: array.numpy() for name, array in from_net(net).items()}
+        np.savez(path, **values)
 
 
 FRAMEWORKS: tuple[Framework, ...] = (Keras(), Torch(), Flax())  # a Keras model on torch is a torch.nn.Module, too

@@ -69,6 +69,8 @@ def generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Cal
     yield np.random.get_state, np.random.set_state, np.random.seed
     if torch := sys.modules.get("torch"):
         yield torch.get_rng_state, torch.set_rng_state, torch.seed
+    if keras := sys.modules.get("keras"):  # it has no way to read its state, and nothing here depends on it
+        yield lambda: None, lambda _: None, lambda: keras.utils.set_random_seed(random.SystemRandom().randrange(2**31))
 
 
 @contextmanager

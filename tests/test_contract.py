@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cifar
-from federation.task import client_seed, data_digest, initial_net, load_task
+from federation.task import build_net, client_seed, data_digest, load_task
 from tests.conftest import ROOT
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -207,17 +207,17 @@ def test_no_two_clients_shuffle_alike(seed: int, one: int, other: int, epoch: in
 
 
 def test_the_initial_model_is_the_centralized_one_of_the_seed() -> None:
-    net = initial_net(cifar, 5)
+    net = build_net(cifar, 5)
     torch.manual_seed(5)
     expected = cifar.Net().state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in net.state_dict().items())
-    other = initial_net(cifar, 6).state_dict()
+    other = build_net(cifar, 6).state_dict()
     assert not any(torch.equal(tensor, other[name]) for name, tensor in net.state_dict().items())
 
 
 def test_a_net_that_takes_the_seed_is_given_it(write: Any) -> None:
     task = load_task(write("\n".join((COMPLETE | {"Net": "def Net(seed): return ('net', seed)"}).values())))
-    assert initial_net(task, 5) == ("net", 5)
+    assert build_net(task, 5) == ("net", 5)
 
 
 def test_a_digest_tells_a_copy_of_a_data_set_from_another_one() -> None:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 import server
 from federation import partition, picture, roster, weights
 from federation.config import Config, checked
-from federation.task import find_data, initial_net, load_task
+from federation.task import build_net, find_data, load_task
 from tests.in_memory import InMemoryGrid, another_process
 
 Rows = NDArray[np.int64]
@@ -72,7 +72,7 @@ class Ladder:
 
     def central(self, calls: int = 1, rows: Rows | None = None, seed: int = SEED, **given: Any) -> ArrayRecord:
         """Return the weights after `calls` of the script's own train(), without anything federated."""
-        net, (x, y) = initial_net(self.task, SEED), self.data[0]
+        net, (x, y) = build_net(self.task, SEED), self.data[0]
         data = (x, y) if rows is None else (x[rows], y[rows])
         given = {"epochs": 1, "batch_size": BATCH} | ({"lr": self.lr} if self.lr else {}) | given
         with another_process():  # whatever it draws at random has to come from its seed
