@@ -40,19 +40,22 @@ def load_task(name: str) -> ModuleType:
         extra = EXTRAS.get((getattr(error, "name", None) or "").split(".")[0])
         remedy = f"; install it by: pip install '.[{extra}]'" if extra else ""
         raise ValueError(f"task {name!r} cannot be imported: {reason(error)}{remedy}") from None
-    for function, arguments in CONTRACT.items():
-        _check_function(task, function, arguments)
+    breaches = [_breach(task, function, arguments) for function, arguments in CONTRACT.items()]
+    if any(breaches):
+        raise ValueError(f"{task.__file__} is no task: {'; '.join(filter(None, breaches))}")
     return task
 
 
-def _check_function(task: ModuleType, name: str, arguments: tuple[str, ...]) -> None:
+def _breach(task: ModuleType, name: str, arguments: tuple[str, ...]) -> str:
+    """Return what is wrong with one of the four names, "" if nothing is."""
     function = getattr(task, name, None)
     if not callable(function):
-        raise ValueError(f"{task.__file__} has no {name}(); a task has {', '.join(CONTRACT)}")
+        return f"it has no {name}({', '.join(arguments)})"
     parameters = inspect.signature(function).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if missing := [argument for argument in arguments if argument not in parameters and not open_ended]:
-        raise ValueError(f"{task.__file__}: {name}() takes no {', '.join(missing)}")
+    missing = [argument for argument in arguments if argument not in parameters and not open_ended]
+    line = getattr(getattr(function, "__code__", None), "co_firstlineno", "?")
+    return f"its {name}(), line {line}, takes no {', '.join(missing)}" if missing else ""
 
 
 def sources(task: ModuleType) -> dict[str, Path]:
@@ -96,12 +99,18 @@ def build_net(task: ModuleType, seed: int) -> Any:
     """Build the model from `seed`: given to Net if it takes one, and to each random generator that is loaded."""
     if keras := sys.modules.get("keras"):
         keras.utils.clear_session()  # or memory grows from model to model, and the names of weights count on
+    seed_generators(seed)
+    return task.Net(seed=seed) if "seed" in inspect.signature(task.Net).parameters else task.Net()
+
+
+def seed_generators(seed: int) -> None:
+    """Seed each global random generator that is loaded. JAX has none."""
+    if keras := sys.modules.get("keras"):
         keras.utils.set_random_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(seed)
-    return task.Net(seed=seed) if "seed" in inspect.signature(task.Net).parameters else task.Net()
 
 
 def client_seed(seed: int, partition: int, first_epoch: int) -> int:
