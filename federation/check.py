@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any, NamedTuple, SupportsFloat
 
@@ -146,8 +147,13 @@ class Trial:
         net, data = build_net(self.task, SEED), self.data(copies)
         before = weights.from_net(net)
         seed_generators(random.SystemRandom().randrange(2**31))  # what it draws is to come from its seed
-        for call in range(calls):
-            loss = self.task.train(net, data, seed=seed + call * given["epochs"], **given)
+        try:
+            for call in range(calls):
+                loss = self.task.train(net, data, seed=seed + call * given["epochs"], **given)
+        except Exception as error:
+            lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == self.task.__file__]
+            where = f"in line {lines[-1]}" if lines else "where it is called"
+            raise ValueError(f"train() with {given} failed {where}: {reason(error)}") from None
         return Outcome(before, weights.from_net(net), loss)
 
     def step(self, copies: int = 1, **given: Any) -> Outcome:
@@ -162,8 +168,8 @@ def check_usable(trial: Trial) -> None:
     """Raise ValueError where one of the four functions does something that no federation can use."""
     trained, tested = trial.train(), trial.test()
     if not isinstance(trained.loss, SupportsFloat):
-        raise ValueError(f"train() returns {type(trained.loss).__name__}, but it should return the mean loss per sample, "
-                         "and train the net that it is given")  # fmt: skip
+        raise ValueError(f"train() returns {type(trained.loss).__name__}, but it should train the net that it is given, "
+                         "and return the mean loss per sample")  # fmt: skip
     if not trained.moved():
         raise ValueError("train() leaves the net that it is given as it was: it should train that one, not a copy")
     if not isinstance(tested, tuple) or len(tested) != 2 or not all(isinstance(one, SupportsFloat) for one in tested):
@@ -197,11 +203,9 @@ def restarts(trial: Trial) -> str:
     if trial.train(epochs=2).equals(trial.train(calls=2)):
         return ""
     if trial.step(epochs=2).apart(trial.step(calls=2)) > SAME:
-        return ("an optimizer with a memory (momentum, Adam) or a schedule starts anew in every call of train(), and so "
+        return ("an optimizer with a memory (momentum, Adam) or a schedule restarts with every call of train(), and so "
                 "in every round: give it more local epochs, or a constant rate")  # fmt: skip
-    return (
-        "epoch e of train() is not shuffled by seed + e: rounds of one epoch do not see the batches of as many epochs"
-    )
+    return "epoch e of train() is not shuffled by seed + e: an epoch in each of N rounds does not see N epochs' batches"
 
 
 def random_steps(trial: Trial) -> str:
@@ -218,8 +222,8 @@ def statistics(trial: Trial) -> str:
     if moved == trial.train().moved():
         return "train() ignores its lr"
     if moved:
-        return (f"statistics of the data (BatchNorm?) are part of the model: {', '.join(sorted(moved))}. Where clients' "
-                "data differ, their mean fits none of them; GroupNorm or LayerNorm keeps none")  # fmt: skip
+        return (f"{', '.join(sorted(moved))}: changed though lr is 0. Statistics of the data (BatchNorm) are averaged, and "
+                "fit no client where data differ: GroupNorm has none; a fixed rate obeys no run config")  # fmt: skip
     return ""
 
 
@@ -273,10 +277,13 @@ def command() -> int:
     for one in found:
         print(f"{args.task}, {one}")
     trial = Trial(load_task(args.task), args.data)
-    check_usable(trial)
-    for one in warnings(trial):
-        print(f"{args.task}: {one}")
-        found.append(one)
+    try:
+        check_usable(trial)
+        for one in warnings(trial):
+            print(f"{args.task}: {one}")
+            found.append(one)
+    except ValueError as error:
+        raise ValueError(f"{args.task} cannot be federated: {error}") from None
     print(f"{args.task} can be federated{f', but mind the {len(found)} above' if found else ''}")
     return 0
 
