@@ -54,7 +54,7 @@ def _breach(task: ModuleType, name: str, arguments: tuple[str, ...]) -> str:
     parameters = inspect.signature(function).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     missing = [argument for argument in arguments if argument not in parameters and not open_ended]
-    line = getattr(getattr(function, "__code__", None), "co_firstlineno", "?")
+    line = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_firstlineno", "?")
     return f"its {name}(), line {line}, takes no {', '.join(missing)}" if missing else ""
 
 
@@ -86,12 +86,16 @@ def read_data(task: ModuleType, root: str | None) -> Any:
     """Return the task's `((x_train, y_train), (x_test, y_test))`. Raises ValueError where they are something else."""
     try:
         data = task.load_data(root or None)
-        lengths = [(len(x), len(y)) for x, y in data]
     except Exception as error:  # whatever the script's own reading may come upon
         raise ValueError(f"{task.__name__}.load_data({root or None!r}) failed: {reason(error)}") from None
-    if len(lengths) != 2 or any(samples != labels or not labels for samples, labels in lengths):
+    try:
+        (x_train, y_train), (x_test, y_test) = data
+        lengths = [len(part) for part in (x_train, y_train, x_test, y_test)]
+    except (TypeError, ValueError):
+        lengths = []
+    if not all(lengths) or lengths[::2] != lengths[1::2] or not lengths:
         raise ValueError(f"{task.__file__}: load_data() should return (x_train, y_train), (x_test, y_test), a label "
-                         f"for each sample, but the numbers of samples and labels are: {lengths}")  # fmt: skip
+                         f"for each sample; their lengths are: {lengths or 'unknown'}")  # fmt: skip
     return data
 
 
@@ -100,7 +104,10 @@ def build_net(task: ModuleType, seed: int) -> Any:
     if keras := sys.modules.get("keras"):
         keras.utils.clear_session()  # or memory grows from model to model, and the names of weights count on
     seed_generators(seed)
-    return task.Net(seed=seed) if "seed" in inspect.signature(task.Net).parameters else task.Net()
+    try:
+        return task.Net(seed=seed) if "seed" in inspect.signature(task.Net).parameters else task.Net()
+    except Exception as error:
+        raise ValueError(f"{task.__name__}.Net() failed: {reason(error)}") from None
 
 
 def seed_generators(seed: int) -> None:
