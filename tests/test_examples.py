@@ -1,0 +1,215 @@
+"""Three scripts that the project's client and server have never seen, each with another framework, across terminals.
+
+Two are in examples/. The third is written here, as a user's own: in a folder of its own, with its data and a helper
+beside it, and with what is easily lost on the way: batch statistics, groups of parameters, tensors out of line.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+
+from federation import weights
+from tests.conftest import ROOT, Terminal, Terminals
+from tests.test_terminals import free_port
+
+OWN = """
+from pathlib import Path
+
+import helper
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, helper.WIDTH)
+        self.norm = nn.BatchNorm1d(helper.WIDTH)
+        self.last = nn.Linear(helper.WIDTH, 3)
+        self.last.weight = nn.Parameter(0.1 * torch.randn(helper.WIDTH, 3).t())
+        self.register_buffer("scale", torch.arange(6.0)[::2] + 1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x)))) * self.scale
+
+def load_data(root=None):
+    with np.load(Path(root or Path(__file__).parent / "data") / "samples.npz") as saved:
+        x, y = torch.from_numpy(saved["x"]), torch.from_numpy(saved["y"])
+    return (x[:200], y[:200]), (x[200:], y[200:])
+
+def train(net, data, *, epochs, lr=0.1, batch_size=32, seed=0, momentum=0.0):
+    x, y = data
+    inner = [*net.first.parameters(), *net.norm.parameters()]
+    groups = [{"params": inner}, {"params": net.last.parameters(), "weight_decay": 0.01}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    net.train()
+    for epoch in range(epochs):
+        total = 0.0
+        for rows in torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + epoch)).split(batch_size):
+            loss = F.cross_entropy(net(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+    return total / len(y)
+
+@torch.no_grad()
+def test(net, data):
+    logits = net.eval()(data[0])
+    return F.cross_entropy(logits, data[1]).item(), (logits.argmax(1) == data[1]).double().mean().item()
+
+if __name__ == "__main__":
+    training, testing = load_data()
+    net = Net()
+    train(net, training, epochs=20)
+    print(f"accuracy {test(net, testing)[1]:.3f}")
+"""
+NO_TORCH = "raise ImportError('there is no torch here')\n"
+
+
+def needs(framework: str) -> Any:
+    missing = importlib.util.find_spec(framework) is None
+    return pytest.mark.skipif(missing, reason=f"needs pip install '.[{framework}]'")
+
+
+@pytest.fixture(scope="module")
+def own_folder(module_terminals: Terminals) -> Path:
+    """A folder with a script, its helper and its data; another one, with the same data only; and no torch for JAX."""
+    folder = module_terminals.folder / "own"
+    random = np.random.default_rng(0)
+    x, directions = random.normal(size=(300, 8)).astype(np.float32), random.normal(size=(8, 3))
+    for place in (folder / "data", module_terminals.folder / "elsewhere" / "data"):
+        place.mkdir(parents=True)
+        np.savez(place / "samples.npz", x=x, y=(x @ directions).argmax(1))
+    (folder / "my_script.py").write_text(OWN)
+    (folder / "helper.py").write_text("WIDTH = 16\n")
+    (module_terminals.folder / "no_torch").mkdir()
+    (module_terminals.folder / "no_torch" / "torch.py").write_text(NO_TORCH)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(module_terminals: Terminals, own_folder: Path) -> dict[str, SimpleNamespace]:
+    """Run a federation of two clients for each script, all at once: mostly, a federation waits."""
+    elsewhere, plain = own_folder.parent / "elsewhere", {"PWD": str(own_folder.parent)}
+    started = {}
+    for task, framework, environment, data, places in (
+        ("examples.mnist_jax", "jax", plain | {"PYTHONPATH": str(own_folder.parent / "no_torch")}, "embedded", None),
+        ("examples.cifar_keras", "keras", plain, "embedded", None),
+        ("my_script", "torch", {"PWD": str(own_folder)}, "", elsewhere),
+    ):
+        if importlib.util.find_spec(framework):
+            address, out = f"127.0.0.1:{free_port()}", own_folder.parent / task
+            options = ("--task", task, "--rounds", "1", "--address", address, "--out", str(out))
+            data_option = ("--data", data) if data else ()
+            server = module_terminals.open("server.py", *options, *data_option, **environment)
+            first = module_terminals.open("client.py", "--server", address, **environment)
+            where = environment | ({"PWD": str(places)} if places else {})
+            own_data = ("--data", str(places / "data")) if places else ()
+            second = module_terminals.open("client.py", "--server", address, *own_data, **where)
+            started[task] = out, server, (first, second)
+    return {task: outcome(*these) for task, these in started.items()}
+
+
+def outcome(out: Path, server: Terminal, clients: tuple[Terminal, ...]) -> SimpleNamespace:
+    statuses = [server.wait(400), *(client.wait(60) for client in clients)]
+    text = server.text + "".join(client.text for client in clients)
+    assert statuses == [0, 0, 0], text
+    assert "Traceback" not in text
+    return SimpleNamespace(out=out, text=text, metrics=json.loads((out / "metrics.json").read_text()))
+
+
+def digest(values: dict[str, Any]) -> str:
+    return weights.sha256(ArrayRecord({name: Array(np.asarray(value)) for name, value in values.items()}))
+
+
+@pytest.mark.parametrize(
+    ("task", "samples"),
+    [
+        pytest.param("examples.mnist_jax", (6000, 1000), marks=needs("jax")),
+        pytest.param("examples.cifar_keras", (10_000, 2000), marks=needs("keras")),
+        ("my_script", (200, 100)),
+    ],
+)
+def test_two_clients_train_it_and_the_server_agrees(
+    runs: dict[str, SimpleNamespace], task: str, samples: tuple[int, int]
+) -> None:
+    metrics = runs[task].metrics
+    assert metrics["task"] == task and metrics["status"] == "finished"
+    assert (metrics["dataset"]["train"], metrics["dataset"]["test"]) == samples
+    before, after = metrics["rounds"]
+    assert after["clients"] == 2 and after["dropped"] == 0 and after["samples"] == [samples[0] // 2] * 2
+    assert after["clients_accuracy"] == pytest.approx(after["server_accuracy"], rel=1e-6)
+    assert after["clients_loss"] == pytest.approx(after["server_loss"], rel=1e-4)
+    assert after["server_loss"] < before["server_loss"]
+    assert runs[task].text.count("trained on") == 2 and runs[task].text.count("tested on") == 2
+
+
+@needs("jax")
+def test_flax_ends_with_an_npz_that_the_script_loads(runs: dict[str, SimpleNamespace]) -> None:
+    from examples import mnist_jax
+
+    run = runs["examples.mnist_jax"]
+    net = mnist_jax.load(run.out / "final_model.npz")
+    last = run.metrics["rounds"][-1]
+    assert mnist_jax.test(net, mnist_jax.load_data("embedded")[1]) == pytest.approx(
+        (last["server_loss"], last["server_accuracy"]), rel=1e-4
+    )
+    with np.load(run.out / "final_model.npz") as saved:
+        assert digest(dict(saved)) == run.metrics["final_weights_sha256"]
+    assert set(run.metrics["versions"]) == {"python", "flwr", "jax", "flax", "optax"}, "and no torch"
+
+
+@needs("keras")
+def test_keras_ends_with_a_model_that_keras_loads(runs: dict[str, SimpleNamespace]) -> None:
+    import keras
+
+    from examples import cifar_keras
+
+    run = runs["examples.cifar_keras"]
+    net = keras.saving.load_model(run.out / "final_model.keras")
+    last = run.metrics["rounds"][-1]
+    assert cifar_keras.test(net, cifar_keras.load_data("embedded")[1]) == pytest.approx(
+        (last["server_loss"], last["server_accuracy"]), rel=1e-3
+    )
+    assert digest({v.path: v.numpy() for v in net.weights}) == run.metrics["final_weights_sha256"]
+    assert {"keras", "tensorflow"} <= set(run.metrics["versions"]) and "torch" not in run.metrics["versions"]
+
+
+def test_a_script_of_ones_own_ends_with_its_state_dict(runs: dict[str, SimpleNamespace]) -> None:
+    import torch
+
+    run = runs["my_script"]
+    state = torch.load(run.out / "final_model.pt", weights_only=True)
+    assert digest({name: tensor.numpy() for name, tensor in state.items()}) == run.metrics["final_weights_sha256"]
+    assert state["norm.num_batches_tracked"] == 4 and state["norm.num_batches_tracked"].dtype == torch.int64
+    assert state["scale"].tolist() == [1, 3, 5] and state["last.weight"].shape == (3, 16)
+
+
+def test_a_script_of_ones_own_is_found_to_be_a_task(own_folder: Path) -> None:
+    command = [sys.executable, "-m", "federation.check", "my_script"]
+    check = subprocess.run(
+        command, cwd=own_folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+    assert check.returncode == 0, check.stderr
+    first, last = check.stdout.splitlines()
+    assert first.startswith("my_script: norm.num_batches_tracked, norm.running_mean, norm.running_var: changed though")
+    assert last == "my_script can be federated, but mind the 1 above"
+
+
+def test_a_script_of_ones_own_climbs_the_ladder(own_folder: Path) -> None:
+    ladder = [str(ROOT / "tests" / "test_ladder.py"), "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
+    command = [sys.executable, "-m", "pytest", *ladder, "--task", "my_script", "-p", "no:cacheprovider", "-q", "-rs"]
+    climb = subprocess.run(command, cwd=own_folder, capture_output=True, text=True, timeout=300)
+    assert "14 passed, 6 skipped" in climb.stdout, climb.stdout
+    assert climb.stdout.count("is not the mean of its steps on two parts of them") == 2, "three of each test"
