@@ -39,12 +39,12 @@ SAME = 1e-3  # how far two models may be apart, as a part of the step that led t
 
 
 class CommandLine(list[str]):
-    """An empty command line that knows whether it has been looked at."""
+    """A command line that knows whether its options have been looked at."""
 
     read = False
 
     def __getitem__(self, index: Any) -> Any:
-        self.read = True
+        self.read |= index != 0
         return super().__getitem__(index)
 
 
@@ -63,17 +63,23 @@ def import_watched(name: str) -> list[str]:
     future: list[ast.stmt] = [one for one in body if isinstance(one, ast.ImportFrom) and one.module == "__future__"]
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     opened: list[Path] = []
-    sys.addaudithook(lambda event, given: opened.append(Path(str(given[0]))) if event == "open" else None)
+
+    def note(event: str, given: Any) -> None:
+        if event == "open" and "r" in (given[1] or "r"):
+            opened.append(Path(str(given[0])))
+
+    sys.addaudithook(note)
     found = []
     for statement in body:
         opened.clear()
         sys.argv = CommandLine([spec.origin])
-        started = time.perf_counter()
+        started, modules = time.perf_counter(), len(sys.modules)
         try:
             exec(compile(ast.Module([*future, statement], []), spec.origin, "exec"), vars(module))
         except (Exception, SystemExit) as error:
             raise ValueError(f"{spec.origin}, line {statement.lineno}, breaks the import: {reason(error)}") from None
-        if deed := deed_of(statement, vars(module), time.perf_counter() - started, opened, sys.argv.read):
+        seconds = time.perf_counter() - started if len(sys.modules) == modules else 0.0  # or it has imported others
+        if deed := deed_of(statement, vars(module), seconds, opened, sys.argv.read):
             found.append(f"line {statement.lineno}: {deed}")
     return found
 
@@ -84,13 +90,14 @@ def deed_of(statement: ast.stmt, names: dict[str, Any], seconds: float, opened: 
         return ""
     if command_line:
         return "the command line is read at import, when it is another program's; do so only in main()"
-    if files := [path for path in opened if path.is_file() and not path.is_relative_to(sys.prefix)]:
+    python = (sys.prefix, sys.base_prefix)  # what is imported late
+    if files := [path for path in opened if path.is_file() and not any(map(path.is_relative_to, python))]:
         return f"{files[0]} is read at import: in every process, for every message; do so in load_data()"
     made = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     if large := [name for name in made if math.prod(getattr(names.get(name), "shape", ())) > LARGE]:
         return f"{', '.join(large)} is made at import: in every process, for every message; do so in load_data()"
     if isinstance(statement, ast.For | ast.While) or seconds > LONG:
-        return f"work is done at import ({seconds:.1f} s): in every process, for every message; move it to main()"
+        return "work is done at import: in every process, for every message; move it to main()"
     return ""
 
 

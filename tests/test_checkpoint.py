@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from federation.checkpoint import CHECKPOINT, FREE, check_same, load_checkpoint, save_checkpoint
 from federation.config import Config, checked, defaults
 from federation.report import Report
+from federation.weights import decoded, encoded, sha256
 
 Weights = dict[str, NDArray[Any]]
 
@@ -75,6 +76,29 @@ def test_every_type_and_shape(tmp_path: Path, kind: str, shape: tuple[int, ...])
     weights = {"file": np.ones(shape, kind), "arr_0": np.zeros(shape, kind), "transposed": np.ones(shape, kind).T}
     save({"rounds": [1]}, weights, tmp_path)
     check_equal(load_checkpoint(tmp_path)[1], weights)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (2, 3)], ids=str)
+def test_bfloat16_comes_back_as_such(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    values = np.linspace(-3, 1e30, int(np.prod(shape)), dtype=np.float32).reshape(shape).astype("bfloat16")
+    record = ArrayRecord({"half": encoded(values), "whole": Array(np.ones(2, np.float32)), "more": encoded(values)})
+    save_checkpoint({}, record, tmp_path / CHECKPOINT)
+    loaded = load_checkpoint(tmp_path)[1]
+    assert {name: array.dtype for name, array in loaded.items()} == {
+        "half": "bfloat16", "whole": "float32", "more": "bfloat16"
+    }  # fmt: skip
+    assert {tuple(loaded[name].shape) for name in ("half", "more")} == {shape}
+    assert decoded(loaded["half"]).tobytes() == decoded(loaded["more"]).tobytes() == values.tobytes()
+    assert sha256(loaded) == sha256(record)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_comes_back_as_such(tmp_path: Path, dtype: str) -> None:
+    record = ArrayRecord({"w": encoded(np.array([0.5, -3, 0], np.float32).astype(dtype))})
+    save_checkpoint({}, record, tmp_path / CHECKPOINT)
+    loaded = load_checkpoint(tmp_path)[1]
+    assert (loaded["w"].dtype, decoded(loaded["w"]).astype(float).tolist()) == (dtype, [0.5, -3, 0])
+    assert sha256(loaded) == sha256(record)
 
 
 # --------------------------------------------------------------------------------------------------- what is no good
@@ -137,7 +161,7 @@ class Bomb:
         return pytest.fail, ("it was unpickled",)
 
 
-HEADER = np.array(json.dumps({"metrics": {}, "names": ["w"]}))
+HEADER = np.array(json.dumps({"metrics": {}, "dtypes": {"w": "float64"}}))
 
 
 @pytest.mark.parametrize(
@@ -151,13 +175,17 @@ HEADER = np.array(json.dumps({"metrics": {}, "names": ["w"]}))
         (np.array("[]"), np.ones(2)),
         (np.array("{}"), np.ones(2)),
         (np.array('{"metrics": {}}'), np.ones(2)),
-        (np.array('{"metrics": {}, "names": 3}'), np.ones(2)),
-        (np.array('{"metrics": {}, "names": [3]}'), np.ones(2)),
+        (np.array('{"metrics": {}, "dtypes": 3}'), np.ones(2)),
+        (np.array('{"metrics": {}, "dtypes": ["w"]}'), np.ones(2)),
+        (np.array('{"metrics": {}, "dtypes": {"w": 3}}'), np.ones(2)),
+        (np.array('{"metrics": {}, "dtypes": {"w": "float99"}}'), np.ones(2)),
+        (np.array('{"dtypes": {"w": "float64"}}'), np.ones(2)),
         (HEADER, np.ones(2, [(f"a field of a long name {i}", int) for i in range(500)])),  # NumPy says so in two lines
         (),
     ],
-    ids=["pickled header", "pickled array", "numbers as header", "too few", "too many", "list", "empty", "no names",
-         "no list of names", "no text as name", "large header", "nothing"],
+    ids=["pickled header", "pickled array", "numbers as header", "too few", "too many", "list", "empty", "no dtypes",
+         "number as dtypes", "list as dtypes", "number as dtype", "unknown dtype", "no metrics", "large header",
+         "nothing"],
 )  # fmt: skip
 def test_an_archive_of_something_else(tmp_path: Path, content: tuple[NDArray[Any], ...]) -> None:
     np.savez(tmp_path / CHECKPOINT, *content)
