@@ -90,8 +90,8 @@ def deed_of(statement: ast.stmt, names: dict[str, Any], seconds: float, opened: 
         return ""
     if command_line:
         return "the command line is read at import, when it is another program's; do so only in main()"
-    python = (sys.prefix, sys.base_prefix)  # what is imported late
-    if files := [path for path in opened if path.is_file() and not any(map(path.is_relative_to, python))]:
+    elsewhere = (sys.prefix, sys.base_prefix, "/proc", "/sys")  # what is imported late, and what tells of the machine
+    if files := [path for path in opened if path.is_file() and not any(map(path.is_relative_to, elsewhere))]:
         return f"{files[0]} is read at import: in every process, for every message; do so in load_data()"
     made = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     if large := [name for name in made if math.prod(getattr(names.get(name), "shape", ())) > LARGE]:

@@ -42,7 +42,8 @@ def load_task(name: str) -> ModuleType:
         raise ValueError(f"task {name!r} cannot be imported: {reason(error)}{remedy}") from None
     breaches = [_breach(task, function, arguments) for function, arguments in CONTRACT.items()]
     if any(breaches):
-        raise ValueError(f"{task.__file__} is no task: {'; '.join(filter(None, breaches))}")
+        names = ", ".join(f"{function}({', '.join(arguments)})" for function, arguments in CONTRACT.items())
+        raise ValueError(f"{task.__file__} {', and it '.join(filter(None, breaches))}; a task has {names}")
     return task
 
 
@@ -50,12 +51,12 @@ def _breach(task: ModuleType, name: str, arguments: tuple[str, ...]) -> str:
     """Return what is wrong with one of the four names, "" if nothing is."""
     function = getattr(task, name, None)
     if not callable(function):
-        return f"it has no {name}({', '.join(arguments)})"
+        return f"has no {name}()"
     parameters = inspect.signature(function).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     missing = [argument for argument in arguments if argument not in parameters and not open_ended]
     line = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_firstlineno", "?")
-    return f"its {name}(), line {line}, takes no {', '.join(missing)}" if missing else ""
+    return f"has a {name}() in line {line} that takes no {', '.join(missing)}" if missing else ""
 
 
 def sources(task: ModuleType) -> dict[str, Path]:
