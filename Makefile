@@ -5,6 +5,8 @@ DATA ?=
 BIN := .venv/bin
 OPTIONS := $(if $(DATA),--data $(DATA))
 
+EXTRAS ?= dev
+
 .PHONY: demo test lint install
 
 install: .venv/installed
@@ -12,7 +14,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
 	touch $@
 
 demo: install

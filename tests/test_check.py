@@ -182,7 +182,7 @@ USELESS = {
     "data that are not there": ([("random = np", "random = open('/no/such/file') and np")], "No such file"),
     "half a task": (
         [("def train(", "def fit("), ("def test(net, data)", "def test(net)")],
-        "it has no train(net, data, epochs, lr, batch_size, seed); its test(), line 36, takes no data"),
+        ".py has no train(), and it has a test() in line 36 that takes no data; a task has Net(), "),
     "a package that is missing": ([("import torch\n", "import torch, no_such\n")], "line 6, breaks the import: No mod"),
     "an exit": ([("WIDTH = 16", "exit('good bye')")], "line 10, breaks the import: good bye"),
     "a syntax error": ([("WIDTH = 16", "WIDTH = ")], "line 10"),
@@ -217,7 +217,7 @@ def test_the_command(terminals: Terminals) -> None:
         (
             "useless",
             1,
-            ["check.py: ", "useless.py is no task: it has no Net(); it has no load_data(root)"],
+            ["check.py: ", "useless.py has no Net(), and it has no load_data(), and"],
         ),
         ("not_there", 1, ["'not_there' cannot be imported: there is no not_there.py"]),
         ("", 2, ["usage: python -m federation.check"]),

@@ -1,9 +1,7 @@
 """benchmarks/niid_bench.py is a task as cifar.py is, and trains as the published benchmark does."""
 
 import argparse
-import fnmatch
 import json
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import cifar
 from benchmarks import niid_bench
 from federation.config import CHOICES
 from federation.task import load_task
-from tests.conftest import ROOT
 
 
 def generator(seed: int) -> torch.Generator:
@@ -184,13 +181,6 @@ def test_it_is_a_task_with_the_network_and_the_data_of_cifar() -> None:
     assert task.Net is cifar.Net and task.load_data is cifar.load_data and task.find_data is cifar.find_data
     assert task.train is niid_bench.train is not cifar.train
     assert task.test is niid_bench.test is not cifar.test
-
-
-def test_it_is_in_the_bundle_that_clients_get() -> None:
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    patterns = pyproject["tool"]["flwr"]["app"]["fab-include"]
-    assert any(fnmatch.fnmatch("benchmarks/niid_bench.py", pattern) for pattern in patterns)
-    assert niid_bench.__file__ == str(ROOT / "benchmarks" / "niid_bench.py")
 
 
 def test_a_line_of_the_table_is_that_of_the_best_round(tmp_path: Path) -> None:

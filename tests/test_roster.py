@@ -14,10 +14,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity  # without one, no Message can be made outside of a run
 
+import cifar
 from federation import partition, roster, weights
 from federation.config import checked
 from federation.roster import Roster, seed_sampling
-from federation.task import data_digest
+from federation.task import data_digest, source_digest
 
 DATA = (np.zeros((20, 2)), np.arange(20)), (np.zeros((12, 2)), np.arange(12))
 MODEL = ArrayRecord({"w": Array(np.arange(4, dtype=np.float32))})
@@ -54,6 +55,7 @@ class FakeClient:
     wanted: int = -1
     partitions: int = 0
     data: str = data_digest(DATA)
+    task: str = source_digest(cifar)
     flwr: str = version("flwr")
     joins_after: float = 0.0
     answers_after: float = 0.0
@@ -64,7 +66,7 @@ class FakeClient:
     def answer(self, message: Message) -> Message:
         if message.metadata.message_type == "query.join":
             facts = {"name": self.name, "partition-id": self.wanted, "num-partitions": self.partitions}
-            facts |= {"machine": "1", "flwr": self.flwr, "data": self.data}
+            facts |= {"machine": "1", "flwr": self.flwr, "data": self.data, "task": self.task}
             return Message(RecordDict({"client": ConfigRecord(facts)}), reply_to=message)
         if self.fails:
             return Message(Error(1, self.fails), reply_to=message)
@@ -286,6 +288,14 @@ def test_another_version_of_flower_is_refused(clock: Clock, theirs: str) -> None
     ours, grid = federation(clock, stranger, fine, count=1)
     ours.wait_for(1)
     assert_refused(grid, ours, stranger, f"it runs Flower {theirs}, the server {ours_is}")
+    assert places(ours) == {2: 0}
+
+
+def test_another_version_of_the_script_is_refused(clock: Clock) -> None:
+    stranger, fine = FakeClient(1, "a/0", task="another"), FakeClient(2, "b/0", joins_after=20)
+    ours, grid = federation(clock, stranger, fine, count=1)
+    ours.wait_for(1)
+    assert_refused(grid, ours, stranger, "its copy of cifar differs from the server's")
     assert places(ours) == {2: 0}
 
 
