@@ -245,8 +245,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/mnist_jax"), metavar="DIR", help="for model.npz")
     args = parser.parse_args()
-    if args.epochs < 1 or args.batch_size < 1 or args.seed < 0 or not args.lr > 0:
-        parser.error("--epochs, --batch-size and --lr must be above 0, and --seed not below it")
+    if not all(least <= value < 2**31 for least, value in (
+        (1, args.epochs), (1, args.batch_size), (1e-9, args.lr), (0, args.seed),
+    )):  # fmt: skip
+        parser.error(f"--epochs, --batch-size and --lr must be above 0, --seed not below it, and all below {2**31}")
     try:
         run(args)
     except (ValueError, OSError) as error:

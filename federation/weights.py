@@ -82,16 +82,21 @@ class Flax:
     model, suffix = "flax.nnx.Module", ".npz"
 
     def read(self, net: Any) -> Values:
-        return {".".join(map(str, path)): np.asarray(variable[...]) for path, variable in self.state(net)}
+        return {name: self.numpy(name, variable.get_value()) for name, _, variable in self.state(net)}
 
-    def state(self, net: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    def numpy(self, name: str, value: Any) -> NDArray[Any]:
+        if not hasattr(value, "dtype"):
+            raise ValueError(f"{name} of the model's state is of type {type(value).__name__}, not an array")
+        return np.asarray(value)
+
+    def state(self, net: Any) -> list[tuple[str, tuple[Any, ...], Any]]:
         nnx = sys.modules["flax.nnx"]
-        return list(nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState))))
+        flat = nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState)))
+        return [(".".join(map(str, path)), path, variable) for path, variable in flat]
 
     def write(self, net: Any, values: Values) -> None:
         nnx, as_array = sys.modules["flax.nnx"], sys.modules["jax"].numpy.asarray
-        new = [(path, variable.replace(as_array(values[".".join(map(str, path))], variable.dtype)))
-               for path, variable in self.state(net)]  # fmt: skip
+        new = [(path, old.replace(as_array(values[name], old.dtype))) for name, path, old in self.state(net)]
         nnx.update(net, nnx.from_flat_state(new))
 
     def save(self, net: Any, path: Path) -> None:
@@ -106,7 +111,8 @@ def framework(net: Any) -> Framework:
     """Return the framework that `net` is made with. Raises ValueError where it is made with none of them."""
     for candidate in FRAMEWORKS:
         module, _, name = candidate.model.rpartition(".")
-        if module in sys.modules and isinstance(net, getattr(sys.modules[module], name)):
+        loaded = sys.modules.get(module)
+        if loaded and isinstance(net, getattr(loaded, name)):
             return candidate
     known = ", ".join(candidate.model for candidate in FRAMEWORKS)
     raise ValueError(f"Net() returned an object of type {type(net).__name__}, not one of: {known}")

@@ -9,10 +9,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+
+with suppress(ImportError):
+    import triton  # noqa: F401  (PyTorch does so at its first optimizer, and crashes if TensorFlow is loaded by then)
 
 ROOT = Path(__file__).resolve().parents[1]
 TAG = "FEDERATION_TEST"

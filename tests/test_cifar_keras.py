@@ -64,13 +64,6 @@ def new_net(seed: int = 0) -> keras.Model:
     return cifar_keras.Net()
 
 
-def small_net(*inner: Any) -> keras.Model:
-    """Return a net that is linear, but for what is put into it."""
-    keras.utils.set_random_seed(0)
-    dense = layers.Dense(10, activation="softmax")
-    return keras.Sequential([keras.Input((32, 32, 3)), layers.Rescaling(1 / 255), layers.Flatten(), *inner, dense])
-
-
 def weights_of(net: keras.Model) -> list[NDArray[Any]]:
     return [np.asarray(weight.value) for weight in net.weights]
 
@@ -140,10 +133,8 @@ def dropout_state(net: Any) -> list[int]:
 
 
 def test_same_seed_same_weights_whatever_the_random_state_was(whole_batches: cifar_keras.Data) -> None:
-    nets, losses = [small_net(layers.Dropout(0.5, seed=3)) for _ in range(3)], []
-    assert same(nets[0], nets[1])
+    nets, losses = [new_net(3) for _ in range(3)], []
     nets[1](whole_batches[0][:2], training=True)  # so that it has dropped something before
-    assert dropout_state(nets[0]) != dropout_state(nets[1])
     for net, seed in zip(nets, (5, 5, 6), strict=True):
         keras.utils.set_random_seed(len(losses))
         losses.append(cifar_keras.train(net, whole_batches, epochs=2, seed=seed))
@@ -151,64 +142,100 @@ def test_same_seed_same_weights_whatever_the_random_state_was(whole_batches: cif
     assert not same(nets[0], nets[2]) and losses[0] != losses[2]
 
 
+def test_nets_do_not_know_of_each_other(whole_batches: cifar_keras.Data) -> None:
+    one, other = new_net(1), new_net(2)
+    before = cifar_keras.test(one, whole_batches)
+    cifar_keras.train(other, whole_batches, epochs=1)
+    assert same(one, new_net(1)) and not same(other, new_net(2))
+    assert cifar_keras.test(one, whole_batches) == before != cifar_keras.test(other, whole_batches)
+
+
+def test_the_steps_of_all_nets_are_traced_once(
+    whole_batches: cifar_keras.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cifar_keras.train(new_net(), whole_batches, epochs=1)
+    cifar_keras.test(new_net(), whole_batches)
+    keras.utils.clear_session()
+    net = new_net(1)
+    monkeypatch.setattr(layers.Dropout, "call", lambda *_, **__: pytest.fail("it is traced again"))
+    cifar_keras.train(net, whole_batches, epochs=2, lr=0.1, seed=3)
+    cifar_keras.test(net, whole_batches)
+
+
 class Recorder:
-    """What `train` takes for a model, which notes what it is shown; its loss of epoch n is n / 10."""
+    """What can stand on the bench in place of a net, and notes what it is shown; its loss of epoch n is n / 10."""
 
     def __init__(self) -> None:
         self.layers = [layers.Flatten(), layers.Dropout(0.5, seed=99)]
+        self.weight = keras.Variable(np.ones(2))
+        self.optimizer = keras.optimizers.Adam()
         self.labels: list[list[int]] = []
         self.dropout: list[list[int]] = []
         self.fitted: list[dict[str, Any]] = []
-        self.optimizers: list[Any] = []
+        self.states: list[list[Any]] = []
 
-    def compile(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self.optimizers.append(optimizer)
+    def get_weights(self) -> list[NDArray[Any]]:
+        return [self.weight.numpy()]
+
+    def set_weights(self, weights: list[NDArray[Any]]) -> None:
+        self.weight.assign(*weights)
 
     def fit(self, images: NDArray[Any], labels: NDArray[Any], **options: Any) -> SimpleNamespace:
         assert images[:, 0, 0, 0].tolist() == labels.tolist()
         self.labels.append(labels.tolist())
         self.dropout.append(dropout_state(self))
         self.fitted.append(options)
+        self.states.append([np.asarray(variable.value).tolist() for variable in self.optimizer.variables])
+        self.optimizer.apply([keras.ops.ones(2)], [self.weight])
         return SimpleNamespace(history={"loss": [len(self.labels) / 10]})
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(cifar_keras, "bench", lambda: recorder)
+    return recorder
 
 
 NUMBERED = np.arange(200, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8), np.arange(200)
 
 
-def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own() -> None:
-    net, other = Recorder(), Recorder()
-    cifar_keras.train(net, NUMBERED, epochs=2, batch_size=32, seed=5)
-    first, second = net.labels
+def test_each_epoch_shows_every_sample_once_in_an_order_of_its_own(recorder: Recorder) -> None:
+    cifar_keras.train(Recorder(), NUMBERED, epochs=2, batch_size=32, seed=5)
+    first, second = recorder.labels
     assert sorted(first) == sorted(second) == list(range(200))
     assert first != second and list(range(200)) not in (first, second)
-    assert {(options["batch_size"], options["shuffle"]) for options in net.fitted} == {(32, False)}
-    cifar_keras.train(other, NUMBERED, epochs=1, seed=6)
-    assert other.labels == [second], "epoch 2 of seed 5 is epoch 1 of seed 6"
+    assert {(options["batch_size"], options["shuffle"]) for options in recorder.fitted} == {(32, False)}
+    cifar_keras.train(Recorder(), NUMBERED, epochs=1, seed=6)
+    assert recorder.labels[2] == second, "epoch 2 of seed 5 is epoch 1 of seed 6"
 
 
-def test_dropout_depends_on_seed_and_epoch_alone() -> None:
-    net, other = Recorder(), Recorder()
-    cifar_keras.train(net, NUMBERED, epochs=3, seed=5)
-    expected = [np.asarray(keras.random.SeedGenerator(seed).state.value).tolist() for seed in (5, 6, 7)]
-    assert net.dropout == expected and len({*map(tuple, expected)}) == 3
-    cifar_keras.train(other, NUMBERED, epochs=1, seed=7)
-    assert other.dropout == expected[2:]
+def test_dropout_depends_on_seed_and_epoch_alone(recorder: Recorder) -> None:
+    cifar_keras.train(Recorder(), NUMBERED, epochs=3, seed=5)
+    cifar_keras.train(Recorder(), NUMBERED, epochs=1, seed=7)
+    expected = [np.asarray(keras.random.SeedGenerator(seed).state.value).tolist() for seed in (5, 6, 7, 7)]
+    assert recorder.dropout == expected and len({*map(tuple, expected)}) == 3
 
 
-def test_each_call_has_an_optimizer_of_its_own_and_each_epoch_the_same_one() -> None:
+def test_each_call_has_an_optimizer_as_good_as_new_for_all_its_epochs(recorder: Recorder) -> None:
+    for lr in (0.25, 0.5):
+        cifar_keras.train(Recorder(), NUMBERED, epochs=2, lr=lr)
+    assert recorder.states[0] == [0, 0.25]
+    assert recorder.states[2] == [0, 0.5, [0, 0], [0, 0]]
+    for lr, state in zip((0.25, 0.5), recorder.states[1::2], strict=True):
+        assert state == [1, lr, pytest.approx([0.1, 0.1]), pytest.approx([0.001, 0.001])]
+
+
+def test_each_epoch_ends_with_the_weights_in_the_net(recorder: Recorder) -> None:
     net = Recorder()
-    for _ in range(2):
-        cifar_keras.train(net, NUMBERED, epochs=3, lr=0.25)
-    one, other = net.optimizers
-    assert one is not other
-    for optimizer in (one, other):
-        assert isinstance(optimizer, keras.optimizers.Adam)
-        assert np.asarray(optimizer.learning_rate) == 0.25
+    seen: list[float] = []
+    cifar_keras.train(net, NUMBERED, epochs=3, lr=0.1, after_epoch=lambda *_: seen.append(net.weight.numpy()[0]))
+    assert seen == pytest.approx([0.9, 0.8, 0.7], abs=1e-4)
 
 
-def test_after_each_epoch_its_number_and_loss_are_told(trained: SimpleNamespace) -> None:
+def test_after_each_epoch_its_number_and_loss_are_told(trained: SimpleNamespace, recorder: Recorder) -> None:
     told: list[tuple[int, float]] = []
-    loss = cifar_keras.train(Recorder(), NUMBERED, epochs=3, after_epoch=lambda *facts: told.append(facts))
+    loss = cifar_keras.train(recorder, NUMBERED, epochs=3, after_epoch=lambda *facts: told.append(facts))
     assert told == [(1, 0.1), (2, 0.2), (3, 0.3)] and loss == 0.3
     assert [epoch for epoch, _ in trained.told] == [1, 2]
     assert isinstance(trained.loss, float) and trained.told[-1][1] == trained.loss < trained.told[0][1]
@@ -221,36 +248,52 @@ def test_trains_in_place_and_learns(trained: SimpleNamespace) -> None:
     assert loss_of(np.asarray(trained.net(images)), labels) < loss_of(np.asarray(before(images)), labels) - 0.05
 
 
-def test_training_is_adam_as_keras_documents_it(whole_batches: cifar_keras.Data) -> None:
-    net = small_net()
+@pytest.fixture(scope="module")
+def linear() -> keras.Model:
+    """A net that can be computed by hand."""
+    dense = layers.Dense(10, activation="softmax")
+    net = keras.Sequential([keras.Input((32, 32, 3)), layers.Rescaling(1 / 255), layers.Flatten(), dense])
+    net.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return net
+
+
+def test_training_is_adam_as_keras_documents_it(
+    linear: keras.Model, some_data: cifar_keras.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_keras, "bench", lambda: linear)
+    net = keras.models.clone_model(linear)
     weights = [weight.astype(float) for weight in weights_of(net)]
-    loss = cifar_keras.train(net, whole_batches, epochs=2, lr=0.002, seed=5)
-    images, labels = whole_batches
+    loss = cifar_keras.train(net, some_data, epochs=2, lr=0.002, seed=5)
+    images, labels = some_data
     moments, squares = ([np.zeros_like(weight) for weight in weights] for _ in range(2))
     step = 0
     for epoch in range(2):
         total = 0.0
-        for rows in np.split(np.random.default_rng(5 + epoch).permutation(64), 2):
-            x = images[rows].reshape(32, -1) / 255
+        for rows in np.split(np.random.default_rng(5 + epoch).permutation(101), [32, 64, 96]):
+            x = images[rows].reshape(len(rows), -1) / 255
             logits = x @ weights[0] + weights[1]
             probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-            total += loss_of(probabilities, labels[rows])
-            error = (probabilities - np.eye(10)[labels[rows]]) / 32
+            total += loss_of(probabilities, labels[rows]) * len(rows)
+            error = (probabilities - np.eye(10)[labels[rows]]) / len(rows)
             step += 1
             for i, gradient in enumerate((x.T @ error, error.sum(0))):
                 moments[i] = 0.9 * moments[i] + 0.1 * gradient
                 squares[i] = 0.999 * squares[i] + 0.001 * gradient**2
                 rate = 0.002 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
                 weights[i] = weights[i] - rate * moments[i] / (np.sqrt(squares[i]) + 1e-7)
-    assert loss == pytest.approx(total / 2, rel=1e-5)
+    assert loss == pytest.approx(total / 101, rel=1e-5), "the mean over samples, though the last batch is smaller"
     for weight, expected in zip(weights_of(net), weights, strict=True):
         np.testing.assert_allclose(weight, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_loss_is_the_mean_over_samples_even_if_the_last_batch_is_smaller(some_data: cifar_keras.Data) -> None:
-    net = small_net()
+def test_loss_is_the_mean_over_samples_even_if_the_last_batch_is_smaller(
+    linear: keras.Model, some_data: cifar_keras.Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar_keras, "bench", lambda: linear)
+    net = keras.models.clone_model(linear)
+    before = weights_of(net)
     loss = cifar_keras.train(net, some_data, epochs=1, lr=0.0, seed=5)  # so that it is that of one fixed model
-    assert same(net, small_net())
+    assert all(np.array_equal(*pair) for pair in zip(before, weights_of(net), strict=True))
     images, labels = some_data
     assert loss == pytest.approx(loss_of(np.asarray(net(images)), labels), rel=1e-5)
     batches = np.split(np.random.default_rng(5).permutation(101), [32, 64, 96])
@@ -282,6 +325,15 @@ def test_a_saved_model_predicts_as_it_did(trained: SimpleNamespace, tmp_path: Pa
     data = pictures("test")
     np.testing.assert_array_equal(loaded.predict(data[0], verbose=0), trained.net.predict(data[0], verbose=0))
     assert cifar_keras.test(loaded, data) == pytest.approx(cifar_keras.test(trained.net, data), rel=1e-6)
+
+
+def test_a_saved_model_is_loaded_without_a_warning(
+    trained: SimpleNamespace, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    trained.net.save(tmp_path / "model.keras")
+    recwarn.clear()
+    keras.saving.load_model(tmp_path / "model.keras")
+    assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
 
 
 # --------------------------------------------------------------------------------------------------- embedded data
@@ -437,12 +489,17 @@ def test_images_are_decoded_once(folder: Path, home: Path, decoded: list[str]) -
     assert [np.load(path).nbytes for path in cached(home)] == [10 * 3072, 20 * 3072]
 
 
-def test_an_edited_image_is_decoded_anew_with_its_split(folder: Path, decoded: list[str]) -> None:
-    image = folder / "train" / "bird" / "a.png"
+@pytest.mark.parametrize(("side", "later"), [(32, 1), (31, 0), (31, 1)], ids=["time", "size", "both"])
+def test_an_edited_image_is_decoded_anew_with_its_split(
+    folder: Path, decoded: list[str], side: int, later: int
+) -> None:
+    image = folder / "train" / "bird" / "a.bmp"  # which is as large whatever its colour
+    save(image.with_suffix(".png").rename(image))
     cifar_keras.load_data(str(folder))
     before = image.stat()
-    save(image, rgb=(9, 9, 9))
-    os.utime(image, ns=(before.st_mtime_ns + 1, before.st_mtime_ns + 1))
+    save(image, size=(side, side), rgb=(9, 9, 9))
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + later))
+    assert (image.stat().st_size == before.st_size) == (side == 32)
     (images, _), _ = cifar_keras.load_data(str(folder))
     assert (images[4] == 9).all() and (images[5] == colour("train", 2)).all()
     assert decoded == ALL + ["train"] * 20

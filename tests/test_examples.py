@@ -213,3 +213,34 @@ def test_a_script_of_ones_own_climbs_the_ladder(own_folder: Path) -> None:
     climb = subprocess.run(command, cwd=own_folder, capture_output=True, text=True, timeout=300)
     assert "14 passed, 6 skipped" in climb.stdout, climb.stdout
     assert climb.stdout.count("is not the mean of its steps on two parts of them") == 2, "three of each test"
+
+
+EXAMPLES = [
+    pytest.param("examples.mnist_jax", "20 passed", marks=needs("jax")),
+    pytest.param("examples.cifar_keras", "12 passed, 8 skipped", marks=needs("keras")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "_"), EXAMPLES)
+def test_a_simulation_ends_with_the_same_weights_and_can_be_resumed(
+    runs: dict[str, SimpleNamespace], module_terminals: Terminals, task: str, _: str
+) -> None:
+    out = module_terminals.folder / f"simulated-{task}"
+    options = ("--task", task, "--data", "embedded", "--simulate", "2", "--out", str(out))
+    status, text = module_terminals.run("server.py", *options, "--rounds", "1")
+    assert status == 0, text
+    simulated = json.loads((out / "metrics.json").read_text())
+    assert simulated["final_weights_sha256"] == runs[task].metrics["final_weights_sha256"]
+    status, text = module_terminals.run("server.py", "--simulate", "2", "--resume", "--rounds", "2", "--out", str(out))
+    assert status == 0, text
+    resumed = json.loads((out / "metrics.json").read_text())
+    assert resumed["rounds"][:2] == simulated["rounds"] and len(resumed["rounds"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "expected"), EXAMPLES)
+def test_the_examples_climb_the_ladder(task: str, expected: str) -> None:
+    command = [sys.executable, "-m", "pytest", "tests/test_ladder.py", "--task", task, "--data", "embedded", "-q"]
+    climb = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert expected in climb.stdout, climb.stdout
