@@ -103,7 +103,8 @@ def read_data(task: ModuleType, root: str | None) -> Any:
 def build_net(task: ModuleType, seed: int) -> Any:
     """Build the model from `seed`: given to Net if it takes one, and to each random generator that is loaded."""
     if keras := sys.modules.get("keras"):
-        keras.utils.clear_session(free_memory=False)  # or the names of weights count on; Python frees memory by itself
+        # Or the names of weights would count on, and memory grow: but a full collection takes its time
+        keras.utils.clear_session(free_memory=keras in vars(task).values())
     seed_generators(seed)
     try:
         return task.Net(seed=seed) if "seed" in inspect.signature(task.Net).parameters else task.Net()
