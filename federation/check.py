@@ -8,6 +8,7 @@ can be federated, with or without warnings, 1 if it cannot, 2 for a wrong comman
 
 import argparse
 import ast
+import functools
 import importlib.util
 import inspect
 import math
@@ -140,6 +141,7 @@ class Trial:
         self.rows = np.sort(np.random.default_rng(0).permutation(len(self.samples[1]))[:SAMPLES]).astype(np.int32)
         parameter = inspect.signature(task.train).parameters.get("lr")
         self.defaults = {"lr": 0.01} if parameter and parameter.default is parameter.empty else {}
+        self.train: Callable[..., Outcome] = functools.cache(self.train_anew)  # most checks compare with the same ones
 
     def data(self, copies: int = 1) -> Any:
         """Return the samples, each of them `copies` times. Raises ValueError where rows cannot be picked."""
@@ -151,7 +153,7 @@ class Trial:
             raise ValueError(f"load_data() should return arrays, from which rows can be picked by an array of their "
                              f"numbers; it returns {kinds}: {reason(error)}") from None  # fmt: skip
 
-    def train(self, calls: int = 1, copies: int = 1, seed: int = SEED, **given: Any) -> Outcome:
+    def train_anew(self, calls: int = 1, copies: int = 1, seed: int = SEED, **given: Any) -> Outcome:
         """Train a new net, in one call of train() or several that count on the seed."""
         given = {"epochs": 1, "batch_size": BATCH} | self.defaults | given
         net, data = build_net(self.task, SEED), self.data(copies)
@@ -200,7 +202,7 @@ def unrepeatable(trial: Trial) -> str:
     one, other = (weights.from_net(build_net(trial.task, SEED)) for _ in range(2))
     if weights.sha256(one) != weights.sha256(other):
         return "Net() is another one for the same seed, so that no result can be repeated"
-    if not trial.train().equals(trial.train()):
+    if not trial.train().equals(trial.train_anew()):
         return ("train() draws random numbers that do not come from its seed: two trainings with one seed differ, "
                 "so that no result can be repeated")  # fmt: skip
     return ""
