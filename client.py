@@ -14,6 +14,7 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -81,6 +82,8 @@ def join(message: Message, context: Context) -> Message:
         "flwr": version("flwr"),
         "task": source_digest(task),
         "data": data_digest(data),
+        "train-samples": len(data[0][1]),
+        "test-samples": len(data[1][1]),
     }
     return answer(message, client=ConfigRecord({**facts}))
 
@@ -112,14 +115,14 @@ def load_data(task: ModuleType, message: Message, context: Context) -> Any:
 
 
 def own_samples(split: str, task: ModuleType, message: Message, context: Context) -> tuple[Any, Any]:
-    """Return this client's samples of a split. The server names their rows once; Flower keeps the state for us."""
-    if "rows" in message.content:
-        context.state["rows"] = message.content["rows"]
-    train_data, test_data = load_data(task, message, context)
-    x, y = train_data if split == "train" else test_data
-    if "rows" not in context.state:
+    """Return this client's samples of a split: those that the server names, or all of its own."""
+    data = load_data(task, message, context)
+    x, y = data[0] if split == "train" else data[1]
+    if "rows" not in message.content:
         return x, y
-    rows = context.state.array_records["rows"][split].numpy()
+    if data_digest(data) != instructions(message)["digest"]:
+        raise ValueError("the data here are not the server's any more; start the client again")
+    rows = np.flatnonzero(np.unpackbits(message.content.array_records["rows"]["mask"].numpy(), count=len(y)))
     return x[rows], y[rows]
 
 

@@ -14,15 +14,17 @@ from typing import Any, cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
 from federation import launch, weights
 from federation.checkpoint import resumed
 from federation.config import checked, parse
-from federation.console import explained_run, reason
+from federation.console import explained_run, reason, say
+from federation.folder import run_folder
 from federation.partition import check_enough
-from federation.report import Report, mark_failed
+from federation.report import Report
 from federation.roster import Roster, seed_sampling
+from federation.strategy import make_strategy, strategy_state
 from federation.task import build_net, find_data, load_task, read_data
 
 app = ServerApp()
@@ -40,10 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     clients = Roster(grid, config, root, data)
     report = Report(config, root, data)
     arrays = report.arrays or weights.from_net(net)
-    strategy = FedAvg(
-        fraction_train=config["fraction-train"], fraction_evaluate=config["fraction-evaluate"],
-        min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1,
-    )  # fmt: skip
+    strategy = make_strategy(config, report.state)
 
     def test(arrays: ArrayRecord) -> dict[str, float]:
         weights.to_net(arrays, net)
@@ -52,13 +51,12 @@ def main(grid: Grid, context: Context) -> None:
 
     try:
         if report.next_round == 0:
-            report.round(arrays, **test(arrays))
+            report.round(arrays, {}, **test(arrays))
         clients.wait_for(config["num-clients"])
         report.partitions(clients.dealt(), data)
         for server_round in range(report.next_round, config["num-server-rounds"] + 1):
-            seed_sampling(config["seed"], server_round)
             arrays, results = play_round(server_round, arrays, strategy, clients)
-            report.round(arrays, **results, **test(arrays))
+            report.round(arrays, strategy_state(strategy), **results, **test(arrays))
         report.finish(net)
     except Exception as error:
         report.fail()
@@ -71,12 +69,10 @@ def play_round(
     server_round: int, arrays: ArrayRecord, strategy: Strategy, clients: Roster
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     """Let clients train the global model and test the outcome; return it, and what they report."""
-    clients.wait_for(1)
-    replies = clients.ask(strategy.configure_train(server_round, arrays, ConfigRecord(), clients.as_grid()), "training")
-    new_arrays, training = strategy.aggregate_train(server_round, replies)
-    if new_arrays is None or training is None:
-        raise RuntimeError(f"round {server_round}: no client returned a model")
-    new_arrays = weights.as_before(arrays, new_arrays)
+    replies = trained(server_round, arrays, strategy, clients)
+    mean, training = strategy.aggregate_train(server_round, replies)
+    assert mean is not None and training is not None
+    new_arrays = weights.as_before(arrays, mean)
     answers = clients.ask(
         strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients.as_grid()), "testing"
     )
@@ -90,6 +86,21 @@ def play_round(
         "client_seconds": slowest(replies) + slowest(answers),
         **clients.tally(),
     }
+
+
+def trained(server_round: int, arrays: ArrayRecord, strategy: Strategy, clients: Roster) -> list[Message]:
+    """Return the replies of clients that have trained the global model; try again where too few of them are good."""
+    config = clients.config
+    for attempt in range(config["retries"] + 1):
+        clients.wait_for(config["min-clients"])
+        seed_sampling(config["seed"], server_round, attempt)
+        questions = list(strategy.configure_train(server_round, arrays, ConfigRecord(), clients.as_grid()))
+        replies = clients.ask(questions, "training")
+        needed = min(len(questions), config["min-clients"])
+        if len(replies) >= needed:
+            return replies
+        say(f"round {server_round}: {len(replies)} of {len(questions)} clients returned a good model, {needed} needed")
+    raise RuntimeError(f"round {server_round}: too few good models, even after {config['retries']} retries")
 
 
 def slowest(replies: list[Message]) -> float:
@@ -127,10 +138,8 @@ def command() -> int:
     check_enough(least, config["num-clients"])  # before the run, so that errors show at once
     if simulate is None:
         launch.check_free(address := address or ("127.0.0.1", 8080))
-    try:
+    with run_folder(Path(config["out"])):
         return launch.host_run(address, config, simulate or 0)
-    finally:
-        mark_failed(Path(config["out"]))
 
 
 if __name__ == "__main__":

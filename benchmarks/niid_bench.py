@@ -99,7 +99,7 @@ def folder(partitioner: str, args: argparse.Namespace) -> Path:
 def run(partitioner: str, args: argparse.Namespace) -> int:
     """Run or resume one federation, simulated, and return its exit status."""
     out = folder(partitioner, args)
-    resume = ["--resume"] if (out / "checkpoint.npz").exists() else []
+    resume = ["--resume"] if any(out.glob("checkpoint-*.npz")) else []
     config = (
         f'partitioner="{partitioner}" seed={args.seed} local-epochs={args.local_epochs} batch-size=64'
         " learning-rate=0.01 fraction-evaluate=0.0"

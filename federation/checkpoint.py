@@ -1,5 +1,6 @@
-"""The state of a run after its last complete round, so that it can go on after a crash: checkpoint.npz."""
+"""The state of a run after its last complete rounds, so that it can go on after a crash: checkpoint-ROUND.npz."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,33 +10,57 @@ from flwr.app import ArrayRecord
 
 from federation.config import Config, checked
 from federation.console import reason
+from federation.folder import write_atomically
 from federation.weights import encoded
 
-CHECKPOINT = "checkpoint.npz"
-FREE = {"resume", "out", "num-server-rounds", "round-timeout"}  # keys that no round that has been depends on
+# Keys that no round that has been depends on
+FREE = {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries"}
+Records = dict[str, ArrayRecord]  # "arrays": the global model; by other names, what a strategy carries along
 
 
-def save_checkpoint(metrics: dict[str, Any], arrays: ArrayRecord, path: Path) -> None:
-    """Write metrics and global model to one file, so that they always fit together."""
-    header = json.dumps({"metrics": metrics, "dtypes": {name: array.dtype for name, array in arrays.items()}})
-    with path.open("wb") as file:
-        np.savez(file, np.array(header), *(array.numpy() for array in arrays.values()))
+def save_checkpoint(metrics: dict[str, Any], records: Records, folder: Path) -> None:
+    """Write metrics, global model and the strategy's state to one file, so that they always fit together.
+
+    The checkpoint of the round before is kept, in case that the new one is damaged; all others are removed.
+    """
+    dtypes = {key: {name: array.dtype for name, array in record.items()} for key, record in records.items()}
+    values = [array.numpy() for record in records.values() for array in record.values()]
+    np.savez(archive := io.BytesIO(), np.array(json.dumps({"metrics": metrics, "dtypes": dtypes})), *values)
+    newest, before = (folder / f"checkpoint-{len(metrics['rounds']) - back}.npz" for back in (1, 2))
+    write_atomically(newest, lambda path: path.write_bytes(archive.getvalue()))
+    for path in set(checkpoints(folder)) - {newest, before}:
+        path.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Any], ArrayRecord]:
-    """Return the metrics and the global model. Raises ValueError where they are missing or damaged."""
-    path = folder / CHECKPOINT
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], Records]:
+    """Return the metrics and the records of the last round. Raises ValueError where they are missing or damaged."""
+    paths = checkpoints(folder)
+    if not paths:
+        raise ValueError(f"there is nothing to resume in {folder}: it holds no checkpoint; start without --resume")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-            text, *arrays = (saved[name] for name in saved.files)
-        header = json.loads(str(text))
-        pairs = zip(header["dtypes"].items(), arrays, strict=True)
-        return header["metrics"], ArrayRecord({name: encoded(array.astype(dtype)) for (name, dtype), array in pairs})
-    except FileNotFoundError:
-        raise ValueError(f"there is nothing to resume: {path} does not exist; start without --resume") from None
+        return _read(paths[-1])
     except Exception as error:  # a damaged archive shows itself in many ways
-        why = reason(error)
-        raise ValueError(f"checkpoint {path} is damaged ({why}); remove it and start without --resume") from None
+        remedy = f"--resume goes on from {paths[-2].name}" if paths[1:] else "start without --resume"
+        raise ValueError(f"checkpoint {paths[-1]} is damaged ({reason(error)}); remove it, and {remedy}") from None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run folder, the newest last."""
+    numbered = {path: path.stem.partition("-")[2] for path in folder.glob("checkpoint-*.npz")}
+    return sorted((path for path, number in numbered.items() if number.isdecimal()), key=lambda p: int(numbered[p]))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Records]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+        text, *arrays = (saved[name] for name in saved.files)
+    header = json.loads(str(text))
+    dtypes = [(key, name, dtype) for key, record in header["dtypes"].items() for name, dtype in record.items()]
+    records = {key: ArrayRecord() for key in header["dtypes"]}
+    for (key, name, dtype), array in zip(dtypes, arrays, strict=True):
+        records[key][name] = encoded(array.astype(dtype))
+    if "arrays" not in records:
+        raise ValueError("it holds no model")
+    return header["metrics"], records
 
 
 def resumed(overrides: Config) -> Config:

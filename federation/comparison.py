@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from federation.checkpoint import FREE
 from federation.config import Config
-from federation.report import write_atomically
+from federation.folder import write_atomically
 
 SPENT = 0.7, 1.02  # how much of a budget counts as all of it: epochs and rounds are not divisible
 

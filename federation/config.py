@@ -9,7 +9,10 @@ from typing import Any
 Config = dict[str, Any]  # values are bool, int, float or str
 
 POSITIVE = (1, 10**9)
-CHOICES = {"partitioner": ("iid", "dirichlet", "pathological", "shards", "size-skewed")}
+CHOICES = {
+    "strategy": ("fedavg", "fedadam"),
+    "partitioner": ("iid", "dirichlet", "pathological", "shards", "size-skewed"),
+}
 LIMITS: dict[str, tuple[float, float]] = {
     "num-server-rounds": POSITIVE,
     "num-clients": (1, 100_000),
@@ -19,7 +22,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     "learning-rate": (0, 1e6),
     "batch-size": POSITIVE,
     "seed": (0, 2**31 - 1),
+    "server-learning-rate": (1e-9, 1e6),
+    "beta-1": (0, 0.999999),
+    "beta-2": (0, 0.999999),
+    "tau": (1e-12, 1e6),
     "round-timeout": POSITIVE,
+    "min-clients": (1, 100_000),
+    "retries": (0, 1000),
     "alpha": (1e-3, 1e6),
     "min-partition-size": POSITIVE,
     "labels-per-client": POSITIVE,
@@ -55,6 +64,9 @@ def checked(overrides: Mapping[str, Any]) -> Config:
         if key not in config:
             raise ValueError(f"run config has no key {key!r}; its keys are: {', '.join(config)}")
         config[key] = _checked_value(key, value, type(config[key]))
+    if config["min-clients"] > config["num-clients"]:
+        raise ValueError(f"run config min-clients={config['min-clients']} is more than "
+                         f"num-clients={config['num-clients']}")  # fmt: skip
     return config
 
 

@@ -25,7 +25,7 @@ FOLDER = "FEDERATION_FOLDER"  # and the one that names the folder in which the u
 def say(text: str) -> None:
     """Show `text` to whoever started this app."""
     for line in text.splitlines():
-        print(f"{PREFIX}{line}", flush=True)
+        print(PREFIX + "".join(letter for letter in line if letter.isprintable()), flush=True)
 
 
 def tell(**event: Any) -> None:

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from federation import weights
-from federation.checkpoint import CHECKPOINT, check_same, load_checkpoint, save_checkpoint
+from federation.checkpoint import Records, check_same, checkpoints, load_checkpoint, save_checkpoint
 from federation.config import Config
-from federation.console import say
+from federation.console import MARK, reason, say
+from federation.folder import own, write_atomically
 from federation.partition import Rows
 
 COLUMNS = {  # heading: key in metrics.json, and how it is shown
@@ -38,7 +40,10 @@ class Report:
     def __init__(self, config: Config, root: str, data: Any) -> None:
         self.folder = Path.home() / str(config["out"])
         self.started = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = own(self.folder) if MARK not in os.environ else None  # else the launcher's
         self.arrays: ArrayRecord | None = None  # the global model after the last round that is complete
+        self.state: Records = {}  # and what the strategy carries along
         (x_train, _), (x_test, _) = data
         self.metrics: dict[str, Any] = {
             "task": config["task"],
@@ -57,10 +62,11 @@ class Report:
         say(f"{config['task']} on {root or 'its own data'}: {len(x_train):,} training and {len(x_test):,} test samples")
 
     def _resume(self) -> None:
-        saved, self.arrays = load_checkpoint(self.folder)
+        saved, records = load_checkpoint(self.folder)
         check_same(saved["config"], self.metrics["config"], self.folder)
         if saved["dataset"] != self.metrics["dataset"]:
             raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
+        self.arrays, self.state = records.pop("arrays"), records
         self.metrics["rounds"] = saved["rounds"]
         say(f"resuming after round {saved['rounds'][-1]['round']}")
 
@@ -77,15 +83,16 @@ class Report:
             self._write()
             self._draw("partitions")
 
-    def round(self, arrays: ArrayRecord, **numbers: Any) -> None:
-        """Add a round that has made the global model `arrays`, and show it."""
+    def round(self, arrays: ArrayRecord, state: Records, **numbers: Any) -> None:
+        """Add a round that has made the global model `arrays`, with the strategy in `state`, and show it."""
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         row = dict.fromkeys(KEYS) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
         if not self.metrics["rounds"]:
             say("  ".join(COLUMNS))
         self.metrics["rounds"].append(row)
         self.arrays = arrays
-        write_atomically(self.folder / CHECKPOINT, lambda path: save_checkpoint(self.metrics, arrays, path))
+        with self._saving("a checkpoint"):
+            save_checkpoint(self.metrics, {"arrays": arrays, **state}, self.folder)
         self._write()
         say("  ".join(_cell(row[key], form) for key, form in COLUMNS.values()))
 
@@ -94,25 +101,39 @@ class Report:
         assert self.arrays is not None
         weights.to_net(self.arrays, net)
         framework = weights.framework(net)
-        model = self.folder / f"final_model{framework.suffix}"
-        write_atomically(model, lambda path: framework.save(net, path))
+        model = f"final_model{framework.suffix}"
+        self._save(model, lambda path: framework.save(net, path))
         self.metrics |= {"final_weights_sha256": weights.sha256(self.arrays), "status": "finished"}
         self._draw("curves")
         self._write()
-        say(f"saved {model.name}, metrics.json and curves.png in {self.folder}")
+        say(f"saved {model}, metrics.json and curves.png in {self.folder}")
 
     def fail(self) -> None:
         self.metrics["status"] = "failed"
-        self._write()
+        with suppress(RuntimeError):  # what has gone wrong may be that nothing can be saved
+            self._write()
 
     def _write(self) -> None:
         text = json.dumps(self.metrics, indent=2)
-        write_atomically(self.folder / "metrics.json", lambda path: path.write_text(text + "\n", "utf-8"))
+        self._save("metrics.json", lambda path: path.write_text(text + "\n", "utf-8"))
 
     def _draw(self, what: str) -> None:
         from federation import picture  # here, since matplotlib takes a second that no round should pay for
 
-        write_atomically(self.folder / f"{what}.png", lambda path: getattr(picture, what)(self.metrics, path))
+        self._save(f"{what}.png", lambda path: getattr(picture, what)(self.metrics, path))
+
+    def _save(self, name: str, write: Callable[[Path], object]) -> None:
+        with self._saving(name):
+            write_atomically(self.folder / name, write)
+
+    @contextmanager
+    def _saving(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = [f"; {path.name} is whole: make room, and go on by --resume" for path in checkpoints(self.folder)]
+            why = error.strerror or reason(error)
+            raise RuntimeError(f"cannot save {name} in {self.folder}: {why}{''.join(kept[-1:])}") from None
 
 
 def count(labels: Any, held: list[Rows]) -> list[list[int]]:
@@ -123,14 +144,6 @@ def count(labels: Any, held: list[Rows]) -> list[list[int]]:
     return [np.bincount(numbers.ravel()[rows], minlength=len(classes)).tolist() for rows in held]
 
 
-def mark_failed(folder: Path) -> None:
-    """Note in a run folder that the run is not going on any more, unless it ended by itself."""
-    path = folder / "metrics.json"
-    if path.exists() and '"status": "running"' in (text := path.read_text("utf-8")):
-        failed = text.replace('"status": "running"', '"status": "failed"')
-        write_atomically(path, lambda unfinished: unfinished.write_text(failed, "utf-8"))
-
-
 def _frameworks() -> dict[str, str]:
     names = ("torch", "torchvision", "jax", "flax", "optax", "keras", "tensorflow")
     return {name: str(sys.modules[name].__version__).split("+")[0] for name in names if name in sys.modules}
@@ -138,14 +151,3 @@ def _frameworks() -> dict[str, str]:
 
 def _cell(value: float | None, form: str) -> str:
     return "-".rjust(int(form.rstrip("df").split(".")[0])) if value is None else format(value, form)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, and move it there once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}-{os.getpid()}.unfinished{path.suffix}")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

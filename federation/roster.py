@@ -7,16 +7,23 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, cast
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from federation import partition, weights
 from federation.config import Config
 from federation.console import reason, say, tell
+from federation.strategy import check_reply
 from federation.task import data_digest, load_task, source_digest
 
 POLL = 0.5  # seconds between two looks for replies: more looks take time from clients on the same machine
 PRESENCE = 2.0  # seconds between two looks at who is still there
+FACTS = {  # what a client says of itself, by type
+    "name": str, "machine": str, "partition-id": int, "num-partitions": int, "flwr": str, "task": str, "data": str,
+    "train-samples": int, "test-samples": int,
+}  # fmt: skip
 
 
 @dataclass
@@ -27,8 +34,8 @@ class Client:
     name: str  # its host, and its place there; "" if client.py did not start it
     key: str  # the same, told apart from other machines of that name
     position: int
-    rows: ArrayRecord | None
-    informed: bool = False  # it has confirmed a message that told it its rows
+    rows: dict[str, partition.Rows] | None  # by split; None for one with data of its own
+    samples: dict[str, int]  # how many it has joined with, by split
 
 
 class Roster:
@@ -57,8 +64,9 @@ class Roster:
 
     def greet(self) -> None:
         """Ask nodes that are new to introduce themselves, and seat those that have."""
-        strangers = set(self.grid.get_node_ids()) - self.met
-        self.met |= strangers
+        online = set(self.grid.get_node_ids())
+        strangers = online - self.met  # or those that have been away: a key's node comes back under its old id
+        self.met = online
         if strangers:
             hello = RecordDict({"client": ConfigRecord({"data": self.root})})
             asked = zip(self.send(hello, "join", strangers), strangers, strict=True)
@@ -78,7 +86,10 @@ class Roster:
         if reply.has_error():
             say(f"a client could not join: {reason(reply.error.reason)}")
             return
-        facts: dict[str, Any] = dict(reply.content.config_records["client"])
+        facts: dict[str, Any] = dict(reply.content.config_records.get("client") or {})
+        if {key: type(value) for key, value in facts.items()} != FACTS:
+            say("a client could not join: it does not introduce itself as client.py does")
+            return
         name, copy = facts["name"], facts["data"] == self.digest
         try:
             check_version(facts["flwr"])
@@ -90,14 +101,16 @@ class Roster:
             if first and facts["num-partitions"] not in (0, self.partitions):
                 self.deal(facts["num-partitions"])
             position = self.place(key, facts["partition-id"], facts["num-partitions"], copy)
-            rows = self.rows_of(position) if copy else None
+            rows = {split: parts[position] for split, parts in self.parts.items()} if copy else None
+            own = {"train": facts["train-samples"], "test": facts["test-samples"]}
+            samples = {split: len(held) for split, held in rows.items()} if rows else own
         except ValueError as error:
             say(f"{name} may not join: {error}")
             self.send_away(str(error), node)
             return
         self.clients = {n: client for n, client in self.clients.items() if client.position != position}
-        self.clients[node] = Client(node, name, key, position, rows)
-        share = f"{len(rows['train'].numpy()):,} samples of {len(self.labels[0]):,}" if rows else "data of its own"
+        self.clients[node] = Client(node, name, key, position, rows, samples)
+        share = f"{samples['train']:,} samples" + (f" of {len(self.labels[0]):,}" if rows else " of its own")
         say(f"client {position} joined{' from ' * bool(name)}{name}: {share}")
 
     def deal(self, partitions: int) -> None:
@@ -128,9 +141,6 @@ class Roster:
             raise ValueError(f"all {partitions} partitions are taken; start the server with more --clients")
         return free[0]
 
-    def rows_of(self, position: int) -> ArrayRecord:
-        return ArrayRecord({split: Array(parts[position]) for split, parts in self.parts.items()})
-
     # -------------------------------------------------------------------------------------------------- as a Grid
 
     def present(self) -> list[Client]:
@@ -151,52 +161,58 @@ class Roster:
 
         Waits for `round-timeout` seconds at most, and not for clients that have gone.
         """
-        addressed = [self.address(message) for message in messages]
-        nodes = [message.metadata.dst_node_id for message in addressed]
-        sent = list(zip(self.grid.push_messages(addressed), nodes, strict=True))
-        pending = {message: node for message, node in sent if message}
-        for _, node in (pair for pair in sent if not pair[0]):
-            self.drop(node, "it has left")
+        asked = [self.address(message) for message in messages]
+        sent = list(zip(self.grid.push_messages(asked), asked, strict=True))
+        pending = {identity: question for identity, question in sent if identity}
+        for question in (question for identity, question in sent if not identity):
+            self.drop(question, "it has left")
         replies: dict[int, Message] = {}
-        tell(progress=(0, len(nodes)), doing=doing)
+        tell(progress=(0, len(asked)), doing=doing)
         deadline, look = time.monotonic() + self.config["round-timeout"], 0.0
         while pending and time.monotonic() < deadline:
             for reply in self.grid.pull_messages(list(pending)):
-                node = pending.pop(reply.metadata.reply_to_message_id)
-                self.take(node, reply, replies)
-                tell(progress=(len(nodes) - len(pending), len(nodes)), doing=doing)
+                self.take(pending.pop(reply.metadata.reply_to_message_id), reply, replies)
+                tell(progress=(len(asked) - len(pending), len(asked)), doing=doing)
             if time.monotonic() > look:
                 look = time.monotonic() + PRESENCE
                 online = set(self.grid.get_node_ids())
-                for message_id in [m for m, node in pending.items() if node not in online]:
-                    self.drop(pending.pop(message_id), "it has left")
+                for identity in [m for m, question in pending.items() if question.metadata.dst_node_id not in online]:
+                    self.drop(pending.pop(identity), "it has left")
             time.sleep(POLL if pending else 0)
-        for node in pending.values():
-            self.drop(node, f"no reply within {self.config['round-timeout']} s")
+        for question in pending.values():
+            self.drop(question, f"no reply within {self.config['round-timeout']} s")
         return [replies[position] for position in sorted(replies)]
 
     def address(self, message: Message) -> Message:
         """Add to a strategy's message what differs from client to client."""
         client = self.clients[message.metadata.dst_node_id]
         content = RecordDict(dict(message.content))
-        content["client"] = ConfigRecord({"position": client.position, "data": self.root})
-        if client.rows and not client.informed:
-            content["rows"] = client.rows
+        content["client"] = ConfigRecord({"position": client.position, "data": self.root, "digest": self.digest})
+        if client.rows:
+            split = "train" if message.metadata.message_type == MessageType.TRAIN else "test"
+            content["rows"] = ArrayRecord({"mask": Array(self.mask(split, client.rows[split]))})
         self.bytes_down += sum(weights.size(arrays) for arrays in content.array_records.values())
         return Message(content, client.node, message.metadata.message_type, group_id=message.metadata.group_id)
 
-    def take(self, node: int, reply: Message, replies: dict[int, Message]) -> None:
-        if reply.has_error():
-            self.drop(node, reason(reply.error.reason))
+    def mask(self, split: str, rows: partition.Rows) -> NDArray[np.uint8]:
+        """Return a bit for each sample of a split: small enough for every message, so that no client need remember."""
+        chosen = np.zeros(len(self.labels[split == "test"]), bool)
+        chosen[rows] = True
+        return np.packbits(chosen)
+
+    def take(self, question: Message, reply: Message, replies: dict[int, Message]) -> None:
+        client = self.clients[question.metadata.dst_node_id]
+        try:
+            check_reply(question, reply, client.samples, exactly=client.rows is not None)
+        except ValueError as error:
+            self.drop(question, str(error))
             return
-        client = self.clients[node]
-        client.informed = True
         self.bytes_up += sum(weights.size(arrays) for arrays in reply.content.array_records.values())
         replies[client.position] = reply
 
-    def drop(self, node: int, why: str) -> None:
+    def drop(self, question: Message, why: str) -> None:
         self.dropped += 1
-        client = self.clients[node]
+        client = self.clients[question.metadata.dst_node_id]
         say(f"client {client.position} ({client.name}) is left out: {why}")
 
     # ------------------------------------------------------------------------------------------------------ leaving
@@ -225,6 +241,9 @@ def check_version(theirs: str) -> None:
         raise ValueError(f"it runs Flower {theirs}, the server {ours}; install flwr=={ours} there")
 
 
-def seed_sampling(seed: int, server_round: int) -> None:
-    """Make the strategy's choice of clients a function of seed and round: it draws from Python's generator."""
-    random.seed(f"{seed} {server_round}")
+def seed_sampling(seed: int, server_round: int, attempt: int = 0) -> None:
+    """Make the strategy's choice of clients a function of seed and round: it draws from Python's generator.
+
+    A round that is tried again may choose others.
+    """
+    random.seed(f"{seed} {server_round}" + f" {attempt}" * bool(attempt))

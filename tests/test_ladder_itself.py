@@ -58,7 +58,8 @@ SCRIPTS = {
     "dropout": CAREFUL.replace("nn.Tanh()", "nn.Tanh(), nn.Dropout(0.5)"),
     "batchnorm": CAREFUL.replace("nn.Tanh()", "nn.BatchNorm1d(16)"),
     "adam": CAREFUL.replace(", momentum=0.9", "").replace("SGD", "Adam").replace(", momentum=momentum", ""),
-    "seedless": CAREFUL.replace("torch.manual_seed(seed + epoch)", "pass"),
+    "seedless": CAREFUL.replace("torch.manual_seed(seed + epoch)", "torch.seed()"),
+    "global": CAREFUL.replace("torch.manual_seed(seed + epoch)", "pass"),
     "unweighted": CAREFUL + SABOTAGE,  # the last one: it spoils the process
 }
 CLIMB = """
@@ -138,6 +139,15 @@ def test_a_script_that_ignores_its_seed_falls(climbs: dict[str, dict[str, str]])
         *(f"test_the_order_of_arrival_does_not_matter[{order}]" for order in ("last first", "one by one")),
         "test_one_seed_has_one_digest",
     ]
+
+
+def test_a_script_that_draws_from_the_global_generator_is_repeatable_but_another_training(
+    climbs: dict[str, dict[str, str]],
+) -> None:
+    assert list(skips(climbs["global"])) == [ROUNDS_ARE_EPOCHS]
+    assert fails(climbs["global"]) == [
+        "test_one_client_in_one_round_is_the_script", "test_rounds_of_one_client_are_calls_of_train"
+    ]  # fmt: skip
 
 
 def test_clients_that_all_weigh_the_same_fall(climbs: dict[str, dict[str, str]]) -> None:

@@ -1,0 +1,89 @@
+"""Flower's strategies by the run config, their state for a checkpoint, and the guard in front of them."""
+
+import math
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MessageType
+from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
+
+from federation.config import Config
+from federation.console import reason
+from federation.weights import check_alike
+
+NUMBERS = {  # what a reply has to report, by the type of its question
+    MessageType.TRAIN: {"num-examples", "train-loss", "seconds"},
+    MessageType.EVALUATE: {"num-examples", "loss", "accuracy", "seconds"},
+}
+STATE = ("m_t", "v_t")  # where Flower's strategies keep what they carry from round to round
+GROWTH = 10  # by what a client's own data may have grown since it joined
+
+
+def make_strategy(config: Config, state: dict[str, ArrayRecord]) -> Strategy:
+    """Return the strategy that `config` names, with the state that an earlier process has saved.
+
+    "fedavg": McMahan et al. 2017, algorithm 1; "fedadam": Reddi et al. 2021, algorithm 2.
+    """
+    sampling: dict[str, Any] = {
+        "fraction_train": config["fraction-train"], "fraction_evaluate": config["fraction-evaluate"],
+        "min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1,
+    }  # fmt: skip
+    if config["strategy"] == "fedavg":
+        return FedAvg(**sampling)
+    strategy = FedAdam(
+        **sampling, eta=config["server-learning-rate"], beta_1=config["beta-1"], beta_2=config["beta-2"],
+        tau=config["tau"],
+    )  # fmt: skip
+    vars(strategy).update({name: {key: array.numpy() for key, array in state[name].items()} for name in state})
+    return strategy
+
+
+def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
+    """Return what the next round depends on, besides the global model."""
+    held = {name: getattr(strategy, name, None) for name in STATE}
+    return {name: ArrayRecord({k: Array(np.asarray(v)) for k, v in old.items()}) for name, old in held.items() if old}
+
+
+def check_reply(question: Message, reply: Message, samples: dict[str, int], exactly: bool) -> None:
+    """Raise ValueError, which says why, unless a reply can be aggregated.
+
+    `samples` is how many the client has by split, `exactly` so many or, with data of its own, about so many.
+    """
+    if reply.has_error():
+        raise ValueError(reason(reply.error.reason))
+    training = question.metadata.message_type == MessageType.TRAIN
+    records = {"arrays", "metrics"} if training else {"metrics"}
+    if set(reply.content) != records:
+        raise ValueError(f"its reply has the records {sorted(reply.content)}, not {sorted(records)}")
+    _check_numbers(dict(reply.content.metric_records.get("metrics") or {}), NUMBERS[question.metadata.message_type])
+    held = samples["train" if training else "test"]
+    counted = reply.content.metric_records["metrics"]["num-examples"]
+    if type(counted) is not int or not (counted == held if exactly else 0 < counted <= GROWTH * held):
+        raise ValueError(f"num-examples={counted} cannot be: it has joined with {held} samples")
+    if training:
+        _check_model(reply.content.array_records.get("arrays") or ArrayRecord(), question)
+
+
+def _check_numbers(found: dict[str, Any], expected: set[str]) -> None:
+    for name in sorted(expected ^ set(found)):
+        raise ValueError(f"it reports {'no' if name in expected else 'an unknown'} {name}")
+    for name, value in found.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    if not 0 <= found.get("accuracy", 0) <= 1:
+        raise ValueError(f"accuracy is {found['accuracy']}, not in 0 to 1")
+
+
+def _check_model(arrays: ArrayRecord, question: Message) -> None:
+    expected = question.content.array_records["arrays"]
+    check_alike(arrays, expected)
+    for name, array in arrays.items():
+        try:
+            values = array.numpy()
+        except Exception as error:  # whatever the bytes of a stranger bring about
+            raise ValueError(f"{name} cannot be read: {reason(error)}") from None
+        ours = expected[name].numpy()
+        if (values.shape, values.dtype) != (ours.shape, ours.dtype):
+            raise ValueError(f"{name} holds {values.dtype} of shape {values.shape}, not {ours.dtype} of {ours.shape}")
+        if values.dtype.kind in "fc" and not np.isfinite(values).all():
+            raise ValueError(f"{name} is not finite: {np.count_nonzero(~np.isfinite(values))} of {values.size} values")
