@@ -9,7 +9,6 @@ own `train`, `evaluate` its `test`, on the samples that are this client's.
 
 import argparse
 import time
-import uuid
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -78,7 +77,7 @@ def join(message: Message, context: Context) -> Message:
         "name": node.get("name", ""),
         "partition-id": node.get("partition-id", -1),
         "num-partitions": node.get("num-partitions", 0),
-        "machine": f"{uuid.getnode():x}",
+        "key": node.get("key", ""),
         "flwr": version("flwr"),
         "task": source_digest(task),
         "data": data_digest(data),

@@ -41,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     net = build_net(task, config["seed"])
     clients = Roster(grid, config, root, data)
     report = Report(config, root, data)
+    clients.places = report.metrics["clients"]
     arrays = report.arrays or weights.from_net(net)
     strategy = make_strategy(config, report.state)
 

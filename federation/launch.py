@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -301,7 +302,7 @@ def join_run(server: tuple[str, int], wait: float, node_config: Config, threads:
     with place_on_host() as (name, log), session(log, **environment) as ours:
         while True:
             wait_for_server(server, wait)
-            supernode = start_supernode(ours, server, node_config | {"name": name})
+            supernode = start_supernode(ours, server, node_config | {"name": name, "key": f"{name} {uuid.getnode():x}"})
             Thread(target=watch, args=(ours, supernode, server), daemon=True).start()
             status = relay(supernode, ours.log)
             if status is not None:

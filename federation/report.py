@@ -54,6 +54,7 @@ class Report:
             "final_weights_sha256": None,
             "status": "running",
             "partitions": {},
+            "clients": {},
             "rounds": [],
         }
         if config["resume"]:
@@ -67,7 +68,7 @@ class Report:
         if saved["dataset"] != self.metrics["dataset"]:
             raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
         self.arrays, self.state = records.pop("arrays"), records
-        self.metrics["rounds"] = saved["rounds"]
+        self.metrics |= {"rounds": saved["rounds"], "clients": saved["clients"]}
         say(f"resuming after round {saved['rounds'][-1]['round']}")
 
     @property

@@ -21,7 +21,7 @@ from federation.task import data_digest, load_task, source_digest
 POLL = 0.5  # seconds between two looks for replies: more looks take time from clients on the same machine
 PRESENCE = 2.0  # seconds between two looks at who is still there
 FACTS = {  # what a client says of itself, by type
-    "name": str, "machine": str, "partition-id": int, "num-partitions": int, "flwr": str, "task": str, "data": str,
+    "name": str, "key": str, "partition-id": int, "num-partitions": int, "flwr": str, "task": str, "data": str,
     "train-samples": int, "test-samples": int,
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ class Client:
 
     node: int
     name: str  # its host, and its place there; "" if client.py did not start it
-    key: str  # the same, told apart from other machines of that name
+    key: str  # what tells it from all others, even after a restart of it or of the server; "" likewise
     position: int
     rows: dict[str, partition.Rows] | None  # by split; None for one with data of its own
     samples: dict[str, int]  # how many it has joined with, by split
@@ -49,6 +49,7 @@ class Roster:
         self.clients: dict[int, Client] = {}  # by node
         self.joining: dict[str, int] = {}  # message id: node
         self.met: set[int] = set()
+        self.places: dict[str, int] = {}  # which client, by key, has or had which partition
         self.dropped = self.bytes_down = self.bytes_up = 0
 
     # ------------------------------------------------------------------------------------------------------ joining
@@ -96,11 +97,10 @@ class Roster:
             if facts["task"] != self.code:
                 raise ValueError(f"its copy of {self.config['task']} differs from the server's: copy that, or start "
                                  "the client in a folder without one, and it runs the server's")  # fmt: skip
-            key = name and f"{name} {facts['machine']}"
             first = not self.clients  # the first client to join settles how many partitions there are
             if first and facts["num-partitions"] not in (0, self.partitions):
                 self.deal(facts["num-partitions"])
-            position = self.place(key, facts["partition-id"], facts["num-partitions"], copy)
+            position = self.place(facts["key"], facts["partition-id"], facts["num-partitions"], copy)
             rows = {split: parts[position] for split, parts in self.parts.items()} if copy else None
             own = {"train": facts["train-samples"], "test": facts["test-samples"]}
             samples = {split: len(held) for split, held in rows.items()} if rows else own
@@ -109,7 +109,10 @@ class Roster:
             self.send_away(str(error), node)
             return
         self.clients = {n: client for n, client in self.clients.items() if client.position != position}
-        self.clients[node] = Client(node, name, key, position, rows, samples)
+        self.clients[node] = Client(node, name, facts["key"], position, rows, samples)
+        for former in [key for key, place in self.places.items() if place == position]:
+            del self.places[former]
+        self.places |= {facts["key"]: position} if facts["key"] else {}
         share = f"{samples['train']:,} samples" + (f" of {len(self.labels[0]):,}" if rows else " of its own")
         say(f"client {position} joined{' from ' * bool(name)}{name}: {share}")
 
@@ -125,16 +128,16 @@ class Roster:
     def place(self, key: str, wanted: int, counted: int, copy: bool) -> int:
         """Return the partition of a client: its old one, the one it wants, or the first that is free."""
         partitions = self.partitions
-        taken = {client.position: client for client in self.clients.values()}
-        present = {client.position for client in self.present()}
+        present = {client.position: client for client in self.present()}
+        taken = {client.position for client in self.clients.values()} | set(self.places.values())
         if wanted >= 0:
             if counted != partitions:
                 raise ValueError(f"it counts {counted} partitions, but this run has {partitions}")
-            if wanted in present and not (key and taken[wanted].key == key):
-                raise ValueError(f"partition {wanted} is taken by {taken[wanted].name or 'another client'}")
+            if wanted in present and not (key and present[wanted].key == key):
+                raise ValueError(f"partition {wanted} is taken by {present[wanted].name or 'another client'}")
             return wanted
-        if old := [position for position, owner in taken.items() if key and owner.key == key]:
-            return old[0]
+        if key in self.places:
+            return self.places[key]
         places = range(partitions) if copy else range(partitions, partitions + len(taken) + 1)
         free = [place for place in places if place not in taken] or [place for place in places if place not in present]
         if not free:
