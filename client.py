@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federation import launch, weights
+from federation import certificates, launch, network, weights
 from federation.config import checked
 from federation.console import explained, say, tell
 from federation.task import build_net, client_seed, data_digest, load_task, read_data, source_digest
@@ -132,10 +132,11 @@ def answer(message: Message, **records: Any) -> Message:
 def command() -> int:
     """Read the command line and join a run; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--server", default="127.0.0.1:8080", metavar="HOST:PORT", type=launch.address)
+    parser.add_argument("--server", default="127.0.0.1:8080", metavar="HOST:PORT", type=network.address)
     parser.add_argument("--data", metavar="DIR", help="this client's data (default: where the server has them)")
     parser.add_argument("--partition-id", type=int, metavar="I", help="take this partition (default: a free one)")
     parser.add_argument("--num-partitions", type=int, metavar="N", help="of so many")
+    parser.add_argument("--tls", metavar="DIR", type=certificates.client_folder, help="with ca.crt, and client.key")
     parser.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="how long to wait for a server")
     parser.add_argument("--threads", type=int, metavar="N", help="(default: the cores, divided by the clients here)")
     args = parser.parse_args()
@@ -150,7 +151,7 @@ def command() -> int:
         parser.error(f"--wait {args.wait:g}: 0 or more is needed")
     wishes = {"data": args.data, "partition-id": args.partition_id, "num-partitions": args.num_partitions}
     node_config = {key: value for key, value in wishes.items() if value is not None}
-    return launch.join_run(args.server, args.wait, node_config, args.threads)
+    return launch.join_run(args.server, args.wait, node_config, args.threads, args.tls)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import numpy as np
 from federation import comparison, launch
 from federation.comparison import Cell, Cells, Point
 from federation.config import Config, checked, parse
+from federation.network import LaunchError
 from federation.partition import Rows, split
 from federation.task import build_net, client_seed, find_data, load_task, read_data
 
@@ -102,7 +103,7 @@ class Lab:
         }  # fmt: skip
         with redirect_stdout(io.StringIO()):  # not its table; its progress bar goes to stderr
             if launch.host_run(("127.0.0.1", 0), config, self.clients):
-                raise launch.LaunchError(f"a federated run failed; see {out / 'log.txt'}")
+                raise LaunchError(f"a federated run failed; see {out / 'log.txt'}")
         return list(json.loads((out / "metrics.json").read_text("utf-8"))["rounds"][1:])
 
 

@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from federation import launch, weights
+from federation import certificates, launch, network, weights
 from federation.checkpoint import resumed
 from federation.config import checked, parse
 from federation.console import explained_run, reason, say
@@ -120,11 +120,22 @@ def command() -> int:
     parser.add_argument("--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="as for flwr run")
     parser.add_argument("--resume", action="store_true", default=None, help="go on with the run in the run folder")
     parser.add_argument("--simulate", type=int, metavar="N", help="play N clients on this machine")
-    parser.add_argument("--address", type=launch.address, metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")
+    parser.add_argument("--address", type=network.address, metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")
+    parser.add_argument("--tls", metavar="DIR", type=certificates.server_folder, help="with server.crt, server.key, …")
+    parser.add_argument("--insecure", action="store_true", help="serve other machines without TLS")
     args = vars(parser.parse_args())
-    simulate, address = args.pop("simulate"), args.pop("address")
-    if simulate is not None and (address or args["num-clients"] is not None):
-        parser.error("--simulate N plays all clients here: it goes with neither --clients nor --address")
+    simulate, address, tls, insecure = (args.pop(name) for name in ("simulate", "address", "tls", "insecure"))
+    if simulate is not None and (address or tls or args["num-clients"] is not None):
+        parser.error("--simulate N plays all clients here: it goes with none of --clients, --address and --tls")
+    if insecure and tls:
+        parser.error("--insecure and --tls exclude each other")
+    address = address or ("127.0.0.1", 8080)
+    if not network.is_loopback(address[0]) and not tls:
+        if not insecure:
+            parser.error(
+                f"--address {network.shown(address)} lets other machines connect: give --tls DIR, or --insecure"
+            )
+        print(f"WARNING: {network.shown(address)} is open, without TLS, to all who can connect", flush=True)
     try:
         overrides = {key: value for text in args.pop("run_config") for key, value in parse(text).items()}
         overrides |= {key: value for key, value in args.items() if value is not None}
@@ -138,9 +149,9 @@ def command() -> int:
     least = min(len(labels) for _, labels in read_data(task, config["data"]))
     check_enough(least, config["num-clients"])  # before the run, so that errors show at once
     if simulate is None:
-        launch.check_free(address := address or ("127.0.0.1", 8080))
+        network.check_free(address)
     with run_folder(Path(config["out"])):
-        return launch.host_run(address, config, simulate or 0)
+        return launch.host_run(address, config, simulate or 0, tls)
 
 
 if __name__ == "__main__":

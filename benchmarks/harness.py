@@ -13,17 +13,18 @@ from threading import Thread
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from federation import launch
+from federation.network import LaunchError, free_port, is_up
+from federation.session import ROOT, Session, relay, session
 
 Result = dict[str, Any]
 
-FOLDER = launch.ROOT / "runs" / "benchmarks"  # for logs, and what server.py writes
+FOLDER = ROOT / "runs" / "benchmarks"  # for logs, and what server.py writes
 RESULT = "result "  # a line that begins so holds, as JSON, what an app has measured
 
 
 def federate(*options: str, clients: int = 0) -> tuple[Result, list[str]]:
     """Run server.py with `options` and so many client.py; return its metrics.json and the lines of the clients."""
-    address = f"127.0.0.1:{launch.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     where = ["--address", address, "--clients", str(clients)] if clients else []
     out = FOLDER / "ours"
     shutil.rmtree(out, ignore_errors=True)
@@ -38,7 +39,7 @@ def programs(*commands: list[str], **environment: str) -> Iterator[list["subproc
     """Start Python programs of this project; they have ended when the context does."""
     processes = [
         subprocess.Popen(
-            [sys.executable, str(launch.ROOT / program), *options],
+            [sys.executable, str(ROOT / program), *options],
             env=os.environ | environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
@@ -62,7 +63,7 @@ def wait_for(processes: list["subprocess.Popen[str]"]) -> list[str]:
                 with suppress(subprocess.TimeoutExpired):
                     outputs[place] = process.communicate(timeout=0.1)[0]
             if process.returncode:
-                raise launch.LaunchError((outputs[place].splitlines() or ["a program failed, and printed nothing"])[-1])
+                raise LaunchError((outputs[place].splitlines() or ["a program failed, and printed nothing"])[-1])
     return [outputs[place] for place in range(len(processes))]
 
 
@@ -80,33 +81,33 @@ def run_app(app: Path, config: dict[str, object], *, simulate: int = 0, supernod
             ours.log.write(line)
             if line.startswith(RESULT):
                 return json.loads(line.removeprefix(RESULT)), time.perf_counter() - started
-        raise launch.LaunchError(f"{app.name}: {ours.last_error()}")
+        raise LaunchError(f"{app.name}: {ours.last_error()}")
 
 
 @contextmanager
-def engine(name: str, simulation: bool, supernodes: int) -> Iterator[launch.Session]:
+def engine(name: str, simulation: bool, supernodes: int) -> Iterator[Session]:
     """Start a SuperLink, which `flwr run` knows as "ours", and SuperNodes, each in a session of its own."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    host, port = "127.0.0.1", launch.free_port()
+    host, port = "127.0.0.1", free_port()
     address = f"{host}:{port}"
     with ExitStack() as stack:
-        ours = stack.enter_context(launch.session(FOLDER / f"{name}.txt"))
+        ours = stack.enter_context(session(FOLDER / f"{name}.txt"))
         (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
         superlink = start(
             ours, "flower-superlink", "--insecure", "--host", host, "--port", str(port),
             "--disable-runtime-dependency-installation", *(["--simulation"] if simulation else []),
         )  # fmt: skip
-        while not launch.is_up(host, port):
+        while not is_up((host, port)):
             if superlink.poll() is not None:
-                raise launch.LaunchError(f"the SuperLink did not start: {ours.last_error()}")
+                raise LaunchError(f"the SuperLink did not start: {ours.last_error()}")
             time.sleep(0.1)
         for number in range(supernodes):
-            session = stack.enter_context(launch.session(FOLDER / f"{name}-{number}.txt"))
-            start(session, "flower-supernode", "--insecure", "--superlink", address, "--port", str(launch.free_port()))
+            apart = stack.enter_context(session(FOLDER / f"{name}-{number}.txt"))
+            start(apart, "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()))
         yield ours
 
 
-def start(session: launch.Session, *command: str) -> "subprocess.Popen[str]":
-    process = session.start(*command)
-    Thread(target=launch.relay, args=(process, session.log), daemon=True).start()
+def start(ours: Session, *command: str) -> "subprocess.Popen[str]":
+    process = ours.start(*command)
+    Thread(target=relay, args=(process, ours.log), daemon=True).start()
     return process

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 
-from harness import federate, launch, programs, wait_for
+from harness import LaunchError, federate, launch, programs, wait_for
 
 import cifar
 
@@ -72,7 +72,7 @@ def federated(data: str, rounds: int) -> None:
     _, lines = federate("--data", data, "--rounds", str(rounds), clients=CLIENTS)
     rates = [int(match[1].replace(",", "")) / float(match[2]) for line in lines if (match := LINE.match(line))]
     if not rates:
-        raise launch.LaunchError("no client printed that it had trained")
+        raise LaunchError("no client printed that it had trained")
     each = " ".join(f"{rate:,.0f}" for rate in rates)
     print(f"{'clients':9} {statistics.median(rates):8,.0f} samples/s, the median of {each}")
     ratio, least = statistics.median(rates) / alone, min(rates) / alone

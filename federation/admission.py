@@ -1,0 +1,60 @@
+"""Who may join: the clients whose public keys are in a folder, as long as they are there."""
+
+import json
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from federation.session import Session
+
+LOOK = 2  # seconds between two looks into the folder
+
+
+class Register:
+    """The SuperLink's register of public keys, kept the same as a folder of files NAME.pub."""
+
+    def __init__(self, ours: Session, folder: Path) -> None:
+        self.ours, self.folder = ours, folder
+        self.nodes: dict[str, int] = {}  # by public key; 0 for one that was refused
+
+    def update(self) -> int:
+        """Register what has come into the folder, remove what has left it, and return how many are registered."""
+        keys = {" ".join(path.read_text("utf-8").split()[:2]): path for path in sorted(self.folder.glob("*.pub"))}
+        new = [key for key in keys if key not in self.nodes]
+        with ThreadPoolExecutor(4) as several:  # each call takes a second or two
+            self.nodes |= zip(new, several.map(self.add, [keys[key] for key in new]), strict=True)
+        for key in [key for key in self.nodes if key not in keys]:
+            self.remove(self.nodes.pop(key))
+        return sum(node != 0 for node in self.nodes.values())
+
+    def watch(self) -> None:
+        """Go on for ever, and say who comes and goes."""
+        while True:
+            time.sleep(LOOK)
+            before = self.nodes.copy()
+            count = self.update()
+            if self.nodes.keys() != before.keys():
+                print(f"{count} clients may join: {self.folder}", flush=True)
+
+    def add(self, path: Path) -> int:
+        result = self.flwr("register", str(path))
+        if not result.get("success"):
+            print(f"{path} is left out: {result.get('error-message', 'it is no public key')}", flush=True)
+        return int(result.get("node-id", 0))
+
+    def remove(self, node: int) -> None:
+        if node:
+            self.flwr("unregister", str(node))
+
+    def flwr(self, *command: str) -> dict[str, Any]:
+        """Run `flwr supernode …` and return what it says."""
+        result = subprocess.run(
+            ["flwr", "supernode", *command, "ours", "--format", "json"],
+            env=self.ours.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            return dict(json.loads(result.stdout))
+        except ValueError:
+            return {"error-message": " ".join((result.stdout + result.stderr).split())}

@@ -1,0 +1,103 @@
+"""Addresses, and whether a server answers there."""
+
+import argparse
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+Address = tuple[str, int]  # host and port
+NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")  # how OpenSSL puts it
+
+
+class LaunchError(Exception):
+    """A failure that one line explains; it ends the program with status 1."""
+
+
+def address(text: str) -> Address:
+    """Split HOST:PORT, where HOST is a name, an IPv4 address or an IPv6 address in brackets."""
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if (
+        not re.fullmatch(r"[\w.:%-]+" if bracketed else r"[\w.-]+", host)
+        or not port.isdecimal()
+        or not 0 < int(port) < 65536
+    ):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080")
+    return host, int(port)
+
+
+def shown(address: Address) -> str:
+    """Return an address in the form HOST:PORT."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches a server that listens at `host`."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+
+
+def free_port() -> int:
+    """Return a port that nothing on this machine listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def check_free(address: Address) -> None:
+    """Raise LaunchError if the server cannot listen there."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    try:
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        raise LaunchError(f"cannot listen on {shown(address)}: {error.strerror}; choose another --address") from None
+
+
+def is_up(server: Address, ca: Path | None = None, timeout: float = 2) -> bool:
+    """Tell whether a server answers there, over TLS if `ca` is given, the certificates of the authorities to trust.
+
+    Raises LaunchError where it is for TLS, or the lack of it, that it does not.
+    """
+    secure = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), secure)
+    try:
+        with opener.open(f"http{'s' * bool(ca)}://{shown(server)}/health", timeout=timeout) as response:
+            return bool(response.status == 200)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        _explain(server, error.reason if isinstance(error, urllib.error.URLError) else error, bool(ca))
+        return False
+
+
+def _explain(server: Address, error: object, secure: bool) -> None:
+    """Raise LaunchError where a request failed for TLS, or the lack of it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        raise LaunchError(f"the server at {shown(server)} cannot be trusted: {error.verify_message}")
+    if isinstance(error, ssl.SSLError) and error.reason in NO_TLS:
+        raise LaunchError(
+            f"the server at {shown(server)} does not speak TLS; start it with --tls, or leave it out here"
+        )
+    if not secure and isinstance(error, ConnectionResetError | http.client.HTTPException) and speaks_tls(server):
+        raise LaunchError(f"the server at {shown(server)} speaks TLS; give --tls DIR, with its authority's ca.crt")
+
+
+def speaks_tls(server: Address) -> bool:
+    """Tell whether a TLS handshake succeeds there, whoever it may be."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with (
+        suppress(OSError),
+        socket.create_connection(server, timeout=2) as connection,
+        context.wrap_socket(connection, server_hostname=server[0]),
+    ):
+        return True
+    return False
