@@ -37,6 +37,7 @@ def make_authority(folder: Path, days: int = DAYS) -> None:
     certificate = (
         _certificate(name, key.public_key(), name, days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA384())
     )
     _write_key(folder / "ca.key", key, PRIVATE.PKCS8)
@@ -55,6 +56,8 @@ def make_server(folder: Path, names: list[str], days: int = DAYS) -> None:
         .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA384())
     )
     _write_key(folder / "server.key", key, PRIVATE.PKCS8)
@@ -81,6 +84,14 @@ def _certificate(
         .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
+
+
+def _usage(signs_certificates: bool) -> x509.KeyUsage:
+    never = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False)
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates, key_cert_sign=signs_certificates, crl_sign=signs_certificates,
+        encipher_only=False, decipher_only=False, **never,
+    )  # fmt: skip
 
 
 def _name(text: str) -> x509.Name:

@@ -1,0 +1,31 @@
+# docker build --target server -t flower_server .
+# docker build --target client -t flower_client .
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS client
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /app
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# Wheels for the CPU alone are a tenth of those for GPUs; where that index cannot be reached, PyPI's do as well.
+RUN pip install --retries 1 --timeout 15 --index-url "${TORCH_INDEX}" torch==2.14.1 torchvision==0.29.1 \
+    || pip install torch==2.14.1 torchvision==0.29.1
+COPY containers/client.txt containers/
+RUN pip install -r containers/client.txt
+RUN useradd --create-home app \
+    && mkdir -p /app/runs /data /keys/clients && chown -R app /app /data /keys
+COPY pyproject.toml cifar.py client.py server.py ./
+COPY federation federation
+USER app
+VOLUME ["/data", "/keys/clients"]
+HEALTHCHECK --start-period=5m CMD grep -qs "[f]lower-supernode" /proc/[0-9]*/cmdline
+ENTRYPOINT ["python", "client.py"]
+
+FROM client AS server
+USER root
+COPY containers/server.txt containers/
+RUN pip install -r containers/server.txt
+USER app
+VOLUME ["/keys", "/app/runs"]
+EXPOSE 8080
+HEALTHCHECK --start-period=5m CMD ["python", "-c", "import socket; socket.create_connection(('localhost', 8080), 5)"]
+ENTRYPOINT ["python", "server.py", "--address", "0.0.0.0:8080"]
