@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,8 +16,10 @@ pytestmark = pytest.mark.slow
 EMBEDDED = ("--data", "embedded")
 
 
-def metrics_of(terminals: Terminals) -> dict:
-    return json.loads((terminals.folder / "runs" / "federated" / "metrics.json").read_text())
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """Return what a run has reported: in a run folder, or in the usual one below `folder`."""
+    usual = folder / "runs" / "federated"
+    return json.loads(((usual if usual.is_dir() else folder) / "metrics.json").read_text())
 
 
 def named(processes: list[psutil.Process], text: str) -> list[psutil.Process]:
@@ -44,7 +47,7 @@ def test_interrupted_server_keeps_its_results_and_leaves_nothing(terminals: Term
     assert server.wait(10) == 130 and "stopped" in server.text and "Traceback" not in server.text
     eventually(lambda: not named(terminals.processes(), "flower-superlink"), 2)
     assert not named(terminals.processes(), "flwr-serverapp")
-    assert metrics_of(terminals)["status"] == "failed" and len(metrics_of(terminals)["rounds"]) >= 2
+    assert metrics_of(terminals.folder)["status"] == "failed" and len(metrics_of(terminals.folder)["rounds"]) >= 2
     for client in clients:
         client.wait_for("lost the server", 60)
         client.interrupt()
@@ -84,7 +87,7 @@ def test_killed_client_is_left_out_and_gets_its_partition_back(terminals: Termin
     assert first.wait(30) == 0 and back.wait(30) == 0
     joined = [line.split(":")[0] for line in server.text.splitlines() if " joined from " in line]
     assert len(joined) == 3 and joined[2] in joined[:2], server.text
-    rounds = metrics_of(terminals)["rounds"]
+    rounds = metrics_of(terminals.folder)["rounds"]
     assert sum(row["dropped"] for row in rounds[1:]) == 1 and rounds[-1]["clients"] == 2
     assert_all_gone(terminals)
 
@@ -95,7 +98,7 @@ def test_killed_serverapp_fails_the_run(terminals: Terminals) -> None:
     for process in named(terminals.processes(), "flwr-serverapp"):
         process.kill()
     assert server.wait(120) == 1 and "broke off" in server.text
-    assert metrics_of(terminals)["status"] == "failed"
+    assert metrics_of(terminals.folder)["status"] == "failed"
     clients[0].interrupt()
     assert clients[0].wait(10) == 130
     assert_all_gone(terminals)
@@ -146,7 +149,7 @@ def test_ipv6(terminals: Terminals) -> None:
     client = terminals.open("client.py", "--server", address, "--threads", "1")
     assert server.wait() == 0, server.text
     assert client.wait(30) == 0, client.text
-    assert metrics_of(terminals)["rounds"][1]["clients"] == 1
+    assert metrics_of(terminals.folder)["rounds"][1]["clients"] == 1
 
 
 def test_failing_task_fails_the_run_everywhere(terminals: Terminals) -> None:
@@ -164,7 +167,7 @@ def test_failing_task_fails_the_run_everywhere(terminals: Terminals) -> None:
     for text in (server.text, client.text):
         assert "the fault of this task" in text and "Traceback" not in text
     assert "no client returned a model" in server.text
-    assert metrics_of(terminals)["status"] == "failed"
+    assert metrics_of(terminals.folder)["status"] == "failed"
     assert_all_gone(terminals)
 
 
@@ -173,7 +176,7 @@ def test_interrupted_simulation_leaves_nothing(terminals: Terminals) -> None:
     server.wait_for("\n    1  ")
     server.interrupt()
     assert server.wait(10) == 130
-    assert metrics_of(terminals)["status"] == "failed"
+    assert metrics_of(terminals.folder)["status"] == "failed"
     assert_all_gone(terminals)
 
 

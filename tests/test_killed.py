@@ -1,0 +1,82 @@
+"""A server that is killed, whatever of it and whenever, goes on with the same clients, to the very same weights."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+
+import server
+from federation.config import Config
+from federation.console import FOLDER
+from tests.conftest import Terminal, Terminals
+from tests.in_memory import InMemoryGrid
+from tests.test_faults import assert_all_gone, metrics_of, named
+from tests.test_ladder_itself import CAREFUL
+from tests.test_terminals import free_port
+
+pytestmark = pytest.mark.slow
+SETTINGS: Config = {"num-server-rounds": 4, "seed": 3, "partitioner": "size-skewed", "server-learning-rate": 0.01}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def undisturbed(folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the SHA-256 of the final weights of the same run in one process, in which nobody is killed."""
+    monkeypatch.setitem(os.environ, FOLDER, str(folder))
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "careful", raising=False)
+    config = config | {"task": "careful", "out": str(folder / "undisturbed")}
+    server.main(InMemoryGrid(config, {1: {}, 2: {}}), Context(1, 0, {}, RecordDict(), config))
+    return str(metrics_of(folder / "undisturbed")["final_weights_sha256"])
+
+
+def kill(terminals: Terminals, terminal: Terminal, part: str) -> None:
+    """Kill a part of the server, or the launcher itself, and wait until nothing of it is left."""
+    victims: list[Any] = named(terminals.processes(), part) if part else [terminal.process]
+    assert victims
+    for victim in victims:
+        victim.kill()
+    assert terminal.wait(120) == (1 if part else -9), terminal.text
+    assert "Traceback" not in terminal.text
+    psutil.wait_procs(named(terminals.processes(), "flower-superlink"), 5)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+def test_a_server_that_is_killed_goes_on(terminals: Terminals, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (terminals.folder / "careful.py").write_text(CAREFUL)
+    config = SETTINGS | {"strategy": strategy}
+    pairs = " ".join(
+        f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in config.items()
+    )
+    address = f"127.0.0.1:{free_port()}"
+    start = ("server.py", "--address", address)
+    clients = [terminals.open("client.py", "--server", address, "--threads", "1") for _ in range(2)]
+
+    running = terminals.open(*start, "--task", "careful", "--run-config", pairs)
+    for moment, part in (("client 1 joined", ""), ("\n    1  ", "flower-superlink"), ("\n    2  ", "flwr-serverapp")):
+        running.wait_for(moment)
+        kill(terminals, running, part)
+        running = terminals.open(*start, "--resume")
+    assert running.wait() == 0, running.text
+    assert [client.wait(30) for client in clients] == [0, 0], [client.text for client in clients]
+
+    ended = metrics_of(terminals.folder)
+    assert [row["round"] for row in ended["rounds"]] == [0, 1, 2, 3, 4]
+    assert [row["clients"] for row in ended["rounds"]] == [None, 2, 2, 2, 2]
+    assert ended["final_weights_sha256"] == undisturbed(terminals.folder, config, monkeypatch)
+    for client in clients:
+        assert client.text.count("lost the server") == 3 and "Traceback" not in client.text
+    assert_all_gone(terminals)
