@@ -9,7 +9,6 @@ import pytest
 from flwr.app import Array, ArrayRecord
 
 from federation import check, launch
-from tests.conftest import ROOT, Terminals
 
 SOUND = '''"""A script that may be federated without a second thought."""
 
@@ -69,7 +68,7 @@ def faulty(*changes: tuple[str, str]) -> str:
 def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that checks a script and returns what is said of it, line by line, and last its verdict."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "addaudithook", lambda hook: None)  # none can be removed again: see the processes below
+    monkeypatch.setattr(sys, "addaudithook", lambda hook: None)  # none can be removed again: see test_guide.py
     for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
         monkeypatch.setenv(variable, "1")  # so that it is put back
 
@@ -202,20 +201,6 @@ def test_two_models_are_as_far_apart_as_their_weights(checked: Any) -> None:
     other["a"] = other["a"] + [3, 4]
     records = [ArrayRecord({name: Array(value) for name, value in model.items()}) for model in (one, other)]
     assert check.norm(*records) == 13.0 and check.norm(records[0], records[0]) == 0.0
-
-
-def test_the_command(terminals: Terminals) -> None:
-    """In a process of its own, started where the script lies: data that are read at import show only there."""
-    folder = terminals.folder / "mine"
-    folder.mkdir()
-    np.save(folder / "x.npy", np.zeros(7))
-    reads = f"HERE = np.load(__file__.replace('{'reader.py'}', 'x.npy'))"
-    (folder / "reader.py").write_text(faulty(("WIDTH = 16", f"WIDTH = 16\n{reads}")), "utf-8")
-    terminal = terminals.shell("python -m federation.check reader", folder, PYTHONPATH=str(ROOT))
-    assert terminal.wait() == 0, terminal.text
-    read, last = terminal.text.splitlines()
-    assert read.startswith(f"reader, line 11: {folder / 'x.npy'} is read at import: ")
-    assert last == "reader can be federated, but mind the 1 above"
 
 
 @pytest.mark.parametrize(
