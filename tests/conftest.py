@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -114,6 +115,38 @@ class Terminals:
         for process in self.processes():
             process.kill()
         shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+@pytest.fixture
+def failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Return a function that runs a command which must fail, and returns its exit status and its errors.
+
+    The command is a function that is called in this process: one of its own would take seconds to import what it needs.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def failed(command: Callable[[], object], *line: str) -> tuple[int, str]:
+        handler = signal.getsignal(signal.SIGTERM)
+        with patch.object(sys, "argv", [*line]), patch.object(sys, "path", sys.path[:]), patch.dict(os.environ):
+            with pytest.raises(SystemExit) as end:
+                command()
+            signal.signal(signal.SIGTERM, handler)
+        said = f"{end.value.code}\n" if isinstance(end.value.code, str) else ""
+        return 1 if said else int(end.value.code or 0), capsys.readouterr().err + said
+
+    return failed
+
+
+@pytest.fixture(scope="module")
+def in_a_run() -> Iterator[None]:
+    """Let messages be made in this process: without the identity of a task, Flower makes none outside of a run."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    yield
+    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 from flwr.app import Array, ArrayRecord
 
 from federation import check, launch
-from tests.conftest import ROOT, Terminals
 
 SOUND = '''"""A script that may be federated without a second thought."""
 
@@ -69,7 +68,7 @@ def faulty(*changes: tuple[str, str]) -> str:
 def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that checks a script and returns what is said of it, line by line, and last its verdict."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "addaudithook", lambda hook: None)  # none can be removed again: see the processes below
+    monkeypatch.setattr(sys, "addaudithook", lambda hook: None)  # none can be removed again: see test_guide.py
     for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
         monkeypatch.setenv(variable, "1")  # so that it is put back
 
@@ -204,24 +203,20 @@ def test_two_models_are_as_far_apart_as_their_weights(checked: Any) -> None:
     assert check.norm(*records) == 13.0 and check.norm(records[0], records[0]) == 0.0
 
 
-def test_the_command(terminals: Terminals) -> None:
-    """In a process of its own, started where the script lies: data that are read at import show only there."""
-    folder = terminals.folder / "mine"
-    folder.mkdir()
-    np.save(folder / "x.npy", np.zeros(7))
-    reads = f"HERE = np.load(__file__.replace('{'reader.py'}', 'x.npy'))"
-    (folder / "reader.py").write_text(faulty(("WIDTH = 16", f"WIDTH = 16\n{reads}")), "utf-8")
-    (folder / "useless.py").write_text("import numpy\n", "utf-8")
-    for line, status, expected in (
-        ("reader", 0, [f"reader, line 11: {folder / 'x.npy'} is read at import", "reader can be federated, but mind"]),
-        (
-            "useless",
-            1,
-            ["check.py: ", "useless.py has no Net(), and it has no load_data(), and"],
-        ),
-        ("not_there", 1, ["'not_there' cannot be imported: there is no not_there.py"]),
-        ("", 2, ["usage: python -m federation.check"]),
-    ):
-        terminal = terminals.shell(f"python -m federation.check {line}", folder, PYTHONPATH=str(ROOT))
-        assert terminal.wait() == status and all(text in terminal.text for text in expected), terminal.text
-        assert "Traceback" not in terminal.text
+@pytest.mark.parametrize(
+    ("line", "status", "expected"),
+    [
+        (["useless"], 1, ["check.py: ", "useless.py has no Net(), and it has no load_data(), and"]),
+        (["not_there"], 1, ["check.py: ", "'not_there' cannot be imported: there is no not_there.py"]),
+        ([], 2, ["usage: python -m federation.check"]),
+    ],
+    ids=["useless", "missing", "unnamed"],
+)
+def test_the_command_fails(
+    failed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: list[str], status: int, expected: list[str]
+) -> None:
+    (tmp_path / "useless.py").write_text("import numpy\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "addaudithook", lambda hook: None)
+    ended, errors = failed(lambda: launch.run_command(check.command), "check.py", *line)
+    assert ended == status and all(text in errors for text in expected), errors

@@ -1,6 +1,9 @@
 """The comparison: what is read off where, a gap that adds up, and a command that loses nothing."""
 
 import json
+import runpy
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from compare import Lab, trainings
 from federation import comparison, launch
 from federation.comparison import Cells, Point, summary, tables
 from federation.config import checked
-from tests.conftest import Terminals
+from tests.conftest import ROOT, Terminals
 
 QUICK_NAMES = list(trainings("dirichlet"))[:5]
 
@@ -225,14 +228,10 @@ def test_federated_runs_are_counted_by_what_clients_report(
         (["--clients", "many"], "invalid int value: 'many'"),
     ],
 )
-def test_wrong_options_are_misuse(
-    options: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["compare.py", *options])
-    with pytest.raises(SystemExit) as end:
-        compare.command()
-    assert end.value.code == 2
-    assert named in capsys.readouterr().err.splitlines()[-1]
+def test_wrong_options_are_misuse(failed: Any, options: list[str], named: str) -> None:
+    status, errors = failed(compare.command, "compare.py", *options)
+    assert status == 2
+    assert named in errors.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -247,10 +246,14 @@ def test_wrong_options_are_misuse(
         ),
     ],
 )
-def test_what_cannot_be_compared_fails_in_one_line(terminals: Terminals, options: list[str], named: str) -> None:
-    status, output = terminals.run("compare.py", *options)
-    assert status == 1
-    assert output.startswith(f"compare.py: {named}") and len(output.splitlines()) == 1
+def test_what_cannot_be_compared_fails_in_one_line(failed: Any, options: list[str], named: str) -> None:
+    def script() -> None:
+        with redirect_stdout(sys.stderr):
+            runpy.run_path(str(ROOT / "compare.py"), run_name="__main__")
+
+    status, errors = failed(script, "compare.py", *options)
+    assert (status, errors.count("\n")) == (1, 1)
+    assert errors.startswith(f"compare.py: {named}")
 
 
 @pytest.mark.slow

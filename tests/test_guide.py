@@ -1,10 +1,13 @@
 """The guide "Federate your own script" keeps its word: its scripts are run, checked and compared."""
 
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,35 +36,53 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_before_and_after_are_the_same_training(folder: Path) -> None:
+def test_before_and_after_are_the_same_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
     results = []
     for script in ("before.py", "after.py"):
-        outcome = python(folder, script)
-        assert outcome.returncode == 0, outcome.stderr
+        monkeypatch.setattr(sys, "argv", [script])
+        runpy.run_path(script, run_name="__main__")
         weights = torch.load(folder / "model.pt", weights_only=True).values()
-        results.append((outcome.stdout, [weight.tolist() for weight in weights]))
+        results.append((capsys.readouterr().out, [weight.tolist() for weight in weights]))
         (folder / "model.pt").unlink()
     assert results[0] == results[1]
     assert float(results[0][0].split()[1]) > 0.8
 
 
-def test_the_check_says_of_before_what_the_guide_says(folder: Path) -> None:
-    check = python(folder, "-m", "federation.check", "before")
-    assert check.returncode == 1
+CHECKS = """
+import contextlib, io, json, runpy, sys
+outcomes = {}
+for script in sys.argv[1:]:
+    sys.argv = ["check.py", script]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_module("federation.check", run_name="__main__")
+        except SystemExit as end:
+            outcomes[script] = printed.getvalue(), end.code
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="module")
+def checks(folder: Path) -> dict[str, Any]:
+    """What the check prints of each script, and exits with. It needs a process of its own, as it watches all files."""
+    command = [sys.executable, "-c", CHECKS, "before", "after", "smallest"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_check_says_of_before_what_the_guide_says(folder: Path, checks: dict[str, Any]) -> None:
+    printed, error = checks["before"]
     [stated] = re.findall(r"says what is in the way:\n\n```\n(.*?)```", GUIDE, re.DOTALL)
-    said = (check.stdout + check.stderr).replace(f"{folder}{os.sep}", "")
+    said = f"{printed}{error}\n".replace(f"{folder}{os.sep}", "")
     said = re.sub("accuracy .*\n", "", said)  # which the script itself prints
     assert said == stated
 
 
 @pytest.mark.parametrize("script", ["after", "smallest"])
-def test_the_scripts_of_the_guide_pass_without_a_word(folder: Path, script: str) -> None:
-    check = python(folder, "-m", "federation.check", script)
-    assert check.stdout == f"{script} can be federated\n", check.stderr
+def test_the_scripts_of_the_guide_pass_without_a_word(checks: dict[str, Any], script: str) -> None:
+    assert checks[script] == [f"{script} can be federated\n", 0]

@@ -1,9 +1,7 @@
-"""The example in JAX, as a script of its own: its network, training, testing, data sources, errors and command line."""
+"""The example in JAX, as a script of its own: its network, training, testing, data sources and command."""
 
-import ast
 import gzip
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -284,36 +282,6 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path: Path, some_data: mnist_jax.
     for path in (tmp_path / "model.npz", str(tmp_path / "model.npz")):
         assert same(mnist_jax.load(path), net)
     assert mnist_jax.test(mnist_jax.load(path), some_data) == mnist_jax.test(net, some_data)
-
-
-# --------------------------------------------------------------------------------------------------- embedded data
-
-
-def test_embedded_data_have_the_shape_of_mnist() -> None:
-    for (images, labels), samples in zip(mnist_jax.load_data("embedded"), (6_000, 1_000), strict=True):
-        assert images.shape == (samples, 28, 28) and images.dtype == np.uint8
-        assert labels.shape == (samples,) and labels.dtype == np.int64
-        counts = np.bincount(labels)
-        assert len(counts) == 10 and counts.min() > samples / 10 * 0.8
-
-
-def test_embedded_data_are_the_same_every_time() -> None:
-    one, other, third = (mnist_jax.embedded_data(50, seed) for seed in (1, 1, 2))
-    assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
-    assert not np.array_equal(one[0], third[0])
-
-
-def test_without_data_and_network_the_embedded_set_is_used_loudly(capsys: pytest.CaptureFixture[str]) -> None:
-    assert mnist_jax.find_data() == "embedded"
-    said, warning = capsys.readouterr()
-    assert said == "" and all(line.startswith("WARNING: ") for line in warning.splitlines())
-    assert "EMBEDDED" in warning and "--data" in warning and str(mnist_jax.HOME) in warning
-    assert np.array_equal(mnist_jax.load_data()[1][0], mnist_jax.embedded_data(1_000, seed=2)[0])
-
-
-def test_the_embedded_set_that_was_named_is_used_silently(capsys: pytest.CaptureFixture[str]) -> None:
-    assert mnist_jax.find_data("embedded") == "embedded"
-    assert capsys.readouterr() == ("", "")
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -648,98 +616,3 @@ def test_command_imports_no_other_framework_and_nothing_of_this_project(command:
     ours = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/*.py")}
     assert {"federation", "examples", "cifar", "server", "client"} <= ours
     assert imported & (ours | {"flwr", "torch", "torchvision", "keras", "tensorflow"}) == set()
-
-
-def test_the_script_names_no_import_but_what_it_needs() -> None:
-    nodes = [*ast.walk(ast.parse(SCRIPT.read_text()))]
-    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes)
-    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
-    others = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    assert others == {"jax", "flax", "optax", "pooch", "numpy", "tqdm"}
-
-
-@pytest.mark.parametrize("missing", ["jax", "flax", "optax"])
-def test_without_what_it_needs_it_says_how_to_get_it(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(SystemExit, match=rf"^mnist_jax.py: .*{missing}.*; .* pip install '\.\[jax\]'$"):
-        runpy.run_path(str(SCRIPT))
-
-
-@pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
-    """Return a function that runs the command in this process, which must fail; it returns status and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def cli(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["mnist_jax.py", *arguments])
-        with pytest.raises(SystemExit) as end:
-            mnist_jax.main()
-        said = end.value.code + "\n" if isinstance(end.value.code, str) else ""
-        return 1 if said else int(end.value.code or 0), capsys.readouterr().err + said
-
-    return cli
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--epochs", "0"), ("--epochs", "-1"), ("--epochs", "many"), ("--epochs", "2.5"),
-        ("--batch-size", "0"), ("--batch-size", "x"), ("--lr", "0"), ("--lr", "-0.1"), ("--lr", "nan"),
-        ("--lr", "inf"), ("--lr", "fast"), ("--seed", "-1"), ("--seed", "1.5"), ("--seed", "99999999999999999999"),
-    ],
-)  # fmt: skip
-def test_bad_values_are_refused(cli: Any, monkeypatch: pytest.MonkeyPatch, option: str, value: str) -> None:
-    monkeypatch.setattr(mnist_jax, "train", lambda *_, **__: pytest.fail("it started to train"))
-    status, errors = cli("--data", "embedded", option, value)
-    assert status == 2
-    assert errors.splitlines()[-1].startswith("mnist_jax.py: error: ") and option in errors.splitlines()[-1]
-
-
-def test_an_unknown_option_is_refused(cli: Any) -> None:
-    status, errors = cli("--device", "cpu")
-    assert status == 2 and "--device" in errors.splitlines()[-1]
-
-
-def test_missing_data_end_the_command_in_one_line(cli: Any, tmp_path: Path) -> None:
-    status, errors = cli("--data", "nowhere")
-    assert (status, errors.count("\n")) == (1, 1)
-    assert errors.startswith(f"mnist_jax.py: {tmp_path / 'nowhere'} is no MNIST")
-
-
-def test_damaged_data_end_the_command_in_one_line(cli: Any, npz: Path) -> None:
-    npz.write_bytes(npz.read_bytes()[:-100])
-    status, errors = cli("--data", str(npz))
-    assert (status, errors.count("\n")) == (1, 1)
-    assert errors.startswith(f"mnist_jax.py: no usable MNIST in {npz}: ")
-
-
-def test_an_output_folder_that_cannot_be_made_ends_the_command_in_one_line(cli: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    status, errors = cli("--data", "embedded", "--out", str(tmp_path / "file" / "run"))
-    assert (status, errors.count("\n")) == (1, 1)
-    assert str(tmp_path / "file") in errors
-
-
-def test_options_are_what_it_trains_with(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[tuple[mnist_jax.Net, dict[str, Any]]] = []
-    monkeypatch.setattr(mnist_jax, "train", lambda net, data, **options: given.append((net, options)))
-    options = ["--epochs", "7", "--batch-size", "9", "--lr", "0.5", "--seed", "3", "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["mnist_jax.py", "--data", str(npz), *options])
-    mnist_jax.main()
-    [(net, options)] = given
-    assert same(net, mnist_jax.Net(3))
-    del options["after_epoch"]
-    assert options == {"epochs": 7, "batch_size": 9, "lr": 0.5, "seed": 3}
-
-
-def test_stopped_before_an_epoch_is_finished_it_promises_no_model(
-    cli: Any, npz: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: Any, **__: Any) -> float:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(mnist_jax, "train", interrupted)
-    assert cli("--data", str(npz)) == (1, "mnist_jax.py: stopped\n")

@@ -6,7 +6,7 @@ Each framework is imported by the tests of it alone, and they are skipped where 
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,6 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity  # without one, no Message can be made outside of a run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -30,15 +29,11 @@ from tests.conftest import ROOT, Terminals
 
 Values = Mapping[str, NDArray[Any]]
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras on TensorFlow
+pytestmark = [
+    pytest.mark.usefixtures("in_a_run"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of Keras on TensorFlow
+]
 Facts = tuple[str, tuple[int, ...], bytes]  # of an entry: its dtype, its shape and the bytes of its values
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_a_run() -> Iterator[None]:
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    yield
-    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
 
 
 # ------------------------------------------------------------------------------------------------- three frameworks
