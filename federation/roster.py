@@ -136,7 +136,7 @@ class Roster:
             if wanted in present and not (key and present[wanted].key == key):
                 raise ValueError(f"partition {wanted} is taken by {present[wanted].name or 'another client'}")
             return wanted
-        if key in self.places:
+        if key in self.places and (self.places[key] < partitions) == copy:  # or its data have changed since
             return self.places[key]
         places = range(partitions) if copy else range(partitions, partitions + len(taken) + 1)
         free = [place for place in places if place not in taken] or [place for place in places if place not in present]
