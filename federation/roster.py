@@ -216,7 +216,7 @@ class Roster:
     def drop(self, question: Message, why: str) -> None:
         self.dropped += 1
         client = self.clients[question.metadata.dst_node_id]
-        say(f"client {client.position} ({client.name}) is left out: {why}")
+        say(f"client {client.position}{f' ({client.name})' * bool(client.name)} is left out: {why}")
 
     # ------------------------------------------------------------------------------------------------------ leaving
 
