@@ -401,15 +401,18 @@ def test_a_client_that_introduces_itself_in_another_way_is_left_alone(
     assert "a client could not join: it does not introduce itself as client.py does" in capsys.readouterr().out
 
 
-def test_a_node_that_has_been_away_is_greeted_again(clock: Clock) -> None:
-    first = FakeClient(1, "a/0")
+@pytest.mark.parametrize("name", ["a/0", ""], ids=["started by client.py", "by other means"])
+@pytest.mark.parametrize(("wanted", "partitions"), [(-1, 0), (0, 2)], ids=["any", "its own"])
+def test_a_node_that_has_been_away_is_greeted_again(clock: Clock, name: str, wanted: int, partitions: int) -> None:
+    first = FakeClient(1, name, wanted, partitions)
     ours, grid = federation(clock, first, FakeClient(2, "b/0", joins_after=1))
     ours.wait_for(2)
     del grid.online[1]
     ours.greet()
-    grid.online[1] = again = FakeClient(1, "a/0")
+    grid.online[1] = again = FakeClient(1, name, wanted, partitions)
     ours.wait_for(2)
     assert [len(client.of_type("query.join")) for client in (first, again)] == [1, 1]
+    assert again.of_type("query.leave") == []
     assert places(ours) == {1: 0, 2: 1}
 
 
