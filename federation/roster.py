@@ -100,7 +100,7 @@ class Roster:
             first = not self.clients  # the first client to join settles how many partitions there are
             if first and facts["num-partitions"] not in (0, self.partitions):
                 self.deal(facts["num-partitions"])
-            position = self.place(facts["key"], facts["partition-id"], facts["num-partitions"], copy)
+            position = self.place(node, facts["key"], facts["partition-id"], facts["num-partitions"], copy)
             rows = {split: parts[position] for split, parts in self.parts.items()} if copy else None
             own = {"train": facts["train-samples"], "test": facts["test-samples"]}
             samples = {split: len(held) for split, held in rows.items()} if rows else own
@@ -125,18 +125,18 @@ class Roster:
         """Return the rows of all partitions, by split; none if every client has data of its own."""
         return self.parts if any(client.rows for client in self.clients.values()) else {}
 
-    def place(self, key: str, wanted: int, counted: int, copy: bool) -> int:
+    def place(self, node: int, key: str, wanted: int, counted: int, copy: bool) -> int:
         """Return the partition of a client: its old one, the one it wants, or the first that is free."""
         partitions = self.partitions
-        present = {client.position: client for client in self.present()}
-        taken = {client.position for client in self.clients.values()} | set(self.places.values())
+        present = {client.position: client for client in self.present() if client.node != node}  # it may have been away
+        taken = {c.position for c in self.clients.values() if c.node != node} | set(self.places.values())
         if wanted >= 0:
             if counted != partitions:
                 raise ValueError(f"it counts {counted} partitions, but this run has {partitions}")
             if wanted in present and not (key and present[wanted].key == key):
                 raise ValueError(f"partition {wanted} is taken by {present[wanted].name or 'another client'}")
             return wanted
-        if key in self.places:
+        if key in self.places and (self.places[key] < partitions) == copy:  # or its data have changed since
             return self.places[key]
         places = range(partitions) if copy else range(partitions, partitions + len(taken) + 1)
         free = [place for place in places if place not in taken] or [place for place in places if place not in present]
@@ -216,7 +216,7 @@ class Roster:
     def drop(self, question: Message, why: str) -> None:
         self.dropped += 1
         client = self.clients[question.metadata.dst_node_id]
-        say(f"client {client.position} ({client.name}) is left out: {why}")
+        say(f"client {client.position}{f' ({client.name})' * bool(client.name)} is left out: {why}")
 
     # ------------------------------------------------------------------------------------------------------ leaving
 

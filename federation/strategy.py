@@ -45,10 +45,17 @@ def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
 
 
 def check_reply(question: Message, reply: Message, samples: dict[str, int], exactly: bool) -> None:
-    """Raise ValueError, which says why, unless a reply can be aggregated.
+    """Raise ValueError, which says why in one line, unless a reply can be aggregated.
 
     `samples` is how many the client has by split, `exactly` so many or, with data of its own, about so many.
     """
+    try:
+        _check(question, reply, samples, exactly)
+    except Exception as error:  # a stranger's reply may be anything, and it may cost the stranger's part, not the run
+        raise ValueError(f"{reason(error):.300}") from None
+
+
+def _check(question: Message, reply: Message, samples: dict[str, int], exactly: bool) -> None:
     if reply.has_error():
         raise ValueError(reason(reply.error.reason))
     training = question.metadata.message_type == MessageType.TRAIN
@@ -77,13 +84,16 @@ def _check_numbers(found: dict[str, Any], expected: set[str]) -> None:
 def _check_model(arrays: ArrayRecord, question: Message) -> None:
     expected = question.content.array_records["arrays"]
     check_alike(arrays, expected)
+    if list(arrays) != list(expected):  # that of the first reply would become the global model's, and change its digest
+        raise ValueError(f"its arrays come in the order {list(arrays)}, not {list(expected)}")
     for name, array in arrays.items():
         try:
             values = array.numpy()
+            found = values.shape, values.dtype  # an archive of arrays has neither
         except Exception as error:  # whatever the bytes of a stranger bring about
             raise ValueError(f"{name} cannot be read: {reason(error)}") from None
         ours = expected[name].numpy()
-        if (values.shape, values.dtype) != (ours.shape, ours.dtype):
+        if found != (ours.shape, ours.dtype):
             raise ValueError(f"{name} holds {values.dtype} of shape {values.shape}, not {ours.dtype} of {ours.shape}")
         if values.dtype.kind in "fc" and not np.isfinite(values).all():
             raise ValueError(f"{name} is not finite: {np.count_nonzero(~np.isfinite(values))} of {values.size} values")

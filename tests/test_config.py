@@ -115,7 +115,8 @@ def test_limits(key: str) -> None:
     low, high = LIMITS[key]
     kind = type(defaults()[key])
     for value in (kind(low), kind(high)):
-        assert checked({key: value})[key] == value
+        enough = {"num-clients": value} if key == "min-clients" else {}
+        assert checked({key: value} | enough)[key] == value
     for value in (kind(low) - 1, kind(high) + 1):
         with pytest.raises(ValueError, match=f"{key}=.* is out of range: .* is allowed") as error:
             checked({key: value})
@@ -136,14 +137,22 @@ def test_limits_of_the_partitioners(key: str, lowest: float, highest: float) -> 
             checked({key: value})
 
 
-@pytest.mark.parametrize("key", ["learning-rate", "alpha", "fraction-train"])
+@pytest.mark.parametrize("key", ["learning-rate", "alpha", "fraction-train", "server-learning-rate", "beta-1", "tau"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_finite_number_is_out_of_range(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{key}=.* is out of range"):
         checked({key: value})
 
 
+@pytest.mark.parametrize(("least", "clients"), [(3, 2), (2, 1), (100_000, 99_999)])
+def test_no_more_clients_can_be_needed_than_are_waited_for(least: int, clients: int) -> None:
+    assert checked({"min-clients": clients, "num-clients": clients})["min-clients"] == clients
+    with pytest.raises(ValueError, match=f"^run config min-clients={least} is more than num-clients={clients}$"):
+        checked({"min-clients": least, "num-clients": clients})
+
+
 def test_choices_are_allowed_and_the_default_is_one() -> None:
+    assert CHOICES["strategy"] == ("fedavg", "fedadam")
     assert CHOICES["partitioner"] == ("iid", "dirichlet", "pathological", "shards", "size-skewed")
     for key, choices in CHOICES.items():
         assert defaults()[key] in choices

@@ -14,11 +14,13 @@ import cifar
 import client
 import server
 from federation import launch, weights
-from federation.checkpoint import CHECKPOINT, save_checkpoint
+from federation.checkpoint import save_checkpoint
 from federation.config import Config, checked
+from federation.folder import own
 from tests.conftest import ROOT, Terminals
 
 Command = Callable[..., tuple[int, str]]
+CHECKPOINT = "checkpoint-1.npz"  # of a run that has been interrupted after its first round
 
 
 @pytest.fixture
@@ -91,10 +93,15 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
             ["partitioner='foo'", "iid, dirichlet, pathological, shards, size-skewed"],
         ),
         (["--run-config", "alpha=0"], ["alpha=0", "0.001 to"]),
+        (["--run-config", "strategy='fedprox'"], ["strategy='fedprox'", "fedavg, fedadam"]),
+        (["--run-config", "beta-1=1.0"], ["beta-1=1.0", "0 to 0.999999"]),
+        (["--run-config", "tau=0"], ["tau=0", "1e-12 to"]),
+        (["--run-config", "min-clients=3"], ["min-clients=3", "num-clients=2"]),
+        (["--run-config", "retries=-1"], ["retries=-1", "0 to"]),
         (["--run-config", "labels-per-client=0"], ["labels-per-client=0", "1 to"]),
         (["--run-config", "resume=1"], ["resume=1", "bool"]),
-        (["--resume"], ["nothing to resume", "runs/federated/checkpoint.npz", "without --resume"]),
-        (["--run-config", "resume=true out='elsewhere'"], ["nothing to resume", "elsewhere/checkpoint.npz"]),
+        (["--resume"], ["nothing to resume", "runs/federated", "no checkpoint", "without --resume"]),
+        (["--run-config", "resume=true out='elsewhere'"], ["nothing to resume in elsewhere"]),
         (["--simulate", "0"], ["0", "out of range"]),
         (["--simulate", "-2"], ["-2", "out of range"]),
         (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
@@ -239,7 +246,8 @@ def begun(tmp_path: Path) -> Path:
     dataset = {"name": cifar.EMBEDDED, "train": 10_000, "test": 2_000}
     metrics = {"config": config, "dataset": dataset, "rounds": [{"round": 0}, {"round": 1}]}
     folder.mkdir(parents=True)
-    save_checkpoint(metrics, weights.from_net(cifar.Net()), folder / CHECKPOINT)
+    save_checkpoint(metrics, {"arrays": weights.from_net(cifar.Net())}, folder)
+    assert (folder / CHECKPOINT).exists()
     return folder
 
 
@@ -249,6 +257,7 @@ def begun(tmp_path: Path) -> Path:
         (["--run-config", "learning-rate=0.02"], ["learning-rate=0.02", "0.01"]),
         (["--run-config", "seed=8"], ["seed=8", "7"]),
         (["--run-config", "batch-size=64"], ["batch-size=64", "32"]),
+        (["--run-config", "strategy='fedadam'"], ["strategy='fedadam'", "'fedavg'"]),
         (["--run-config", "partitioner='dirichlet'"], ["partitioner='dirichlet'", "'iid'"]),
         (["--clients", "3"], ["num-clients=3", "2"]),
         (["--simulate", "3"], ["num-clients=3", "2"]),
@@ -288,7 +297,20 @@ def test_a_run_that_has_moved_is_resumed_where_it_is(
 
 def test_a_damaged_checkpoint_is_named(command: Command, begun: Path) -> None:
     (begun / CHECKPOINT).write_bytes((begun / CHECKPOINT).read_bytes()[:-100])
-    check(command("server.py", "--resume"), 2, "server.py", str(Path("runs/federated") / CHECKPOINT), "is damaged")
+    named = [str(Path("runs/federated") / CHECKPOINT), "is damaged", "remove it, and start without --resume"]
+    check(command("server.py", "--resume"), 2, "server.py", *named)
+    (begun / "checkpoint-0.npz").write_bytes((begun / CHECKPOINT).read_bytes())
+    check(command("server.py", "--resume"), 2, "server.py", *named[:2], "--resume goes on from checkpoint-0.npz")
+
+
+@pytest.mark.parametrize("option", [[], ["--resume"]], ids=["anew", "resumed"])
+def test_a_run_folder_that_another_run_writes_to_is_refused(command: Command, begun: Path, option: list[str]) -> None:
+    (begun / "metrics.json").write_text('{"status": "running"}')
+    arguments = ["--data", "embedded", "--address", f"127.0.0.1:{launch.free_port()}", *option]
+    with own(begun):
+        before = {path: path.read_bytes() for path in begun.iterdir()}
+        check(command("server.py", *arguments), 1, "server.py", f"another run is writing to {begun}", "--out")
+        assert {path: path.read_bytes() for path in begun.iterdir()} == before
 
 
 # ---------------------------------------------------------------------------------------------------- the client's line
@@ -343,7 +365,7 @@ def test_wrong_lines_end_their_processes_with_status_2(terminals: Terminals) -> 
 
 def test_nothing_to_resume_ends_the_servers_process_with_status_2(terminals: Terminals) -> None:
     outcome = terminals.run("server.py", "--resume", "--out", "here", "--simulate", "2", "--data", "embedded")
-    check(outcome, 2, "server.py", "nothing to resume", "here/checkpoint.npz")
+    check(outcome, 2, "server.py", "nothing to resume in here")
     assert not (terminals.folder / "here").exists()
     check_nothing_is_left(terminals)
 

@@ -5,16 +5,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity  # without one, no Message can be made outside of a run
 
 import cifar
+import client as client_app
 from federation import partition, roster, weights
 from federation.config import checked
 from federation.roster import Roster, seed_sampling
@@ -54,6 +56,8 @@ class FakeClient:
     name: str = ""
     wanted: int = -1
     partitions: int = 0
+    key: str | None = None  # by default made from the name, as launch.py does
+    samples: int = 20
     data: str = data_digest(DATA)
     task: str = source_digest(cifar)
     flwr: str = version("flwr")
@@ -61,20 +65,33 @@ class FakeClient:
     answers_after: float = 0.0
     fails: str = ""
     stays: bool = False
+    odd: dict[str, Any] = field(default_factory=dict)  # facts that it states in another way; None leaves one out
     received: list[Message] = field(default_factory=list)
 
     def answer(self, message: Message) -> Message:
         if message.metadata.message_type == "query.join":
             facts = {"name": self.name, "partition-id": self.wanted, "num-partitions": self.partitions}
-            facts |= {"machine": "1", "flwr": self.flwr, "data": self.data, "task": self.task}
+            facts |= {"key": self.key if self.key is not None else self.name and f"{self.name} 1"}
+            facts |= {"flwr": self.flwr, "data": self.data, "task": self.task}
+            facts |= {"train-samples": self.samples, "test-samples": 12} | self.odd
+            facts = {key: value for key, value in facts.items() if value is not None}
             return Message(RecordDict({"client": ConfigRecord(facts)}), reply_to=message)
         if self.fails:
             return Message(Error(1, self.fails), reply_to=message)
-        metrics = {"num-examples": 10, "node": self.node}
+        metrics = {"num-examples": len(rows_of(message) or range(self.samples)), "train-loss": 0.5, "seconds": 0.1}
         return Message(RecordDict({"arrays": MODEL, "metrics": MetricRecord(metrics)}), reply_to=message)
 
     def of_type(self, message_type: str) -> list[Message]:
         return [message for message in self.received if message.metadata.message_type == message_type]
+
+
+def rows_of(message: Message) -> list[int]:
+    """Return the rows that a message names to its client, by the bits of its mask; none if it has no mask."""
+    if "rows" not in message.content:
+        return []
+    assert list(message.content.array_records["rows"]) == ["mask"]
+    mask = message.content.array_records["rows"]["mask"].numpy()
+    return np.flatnonzero(np.unpackbits(mask)).tolist()
 
 
 class FakeGrid(Grid):
@@ -146,7 +163,7 @@ def train(ours: Roster, server_round: int = 1, strategy: FedAvg | None = None) -
     """Play the training half of a round; return the positions that answered, in the order of the replies."""
     strategy = strategy or FedAvg(min_train_nodes=1, min_available_nodes=1)
     replies = ours.ask(strategy.configure_train(server_round, MODEL, ConfigRecord(), ours), "training")
-    return [ours.clients[int(reply.content["metrics"]["node"])].position for reply in replies]
+    return [ours.clients[reply.metadata.src_node_id].position for reply in replies]
 
 
 # ----------------------------------------------------------------------------------------------------- places
@@ -164,11 +181,12 @@ def test_a_client_holds_the_rows_of_its_partition(clock: Clock, capsys: pytest.C
     ours, _ = federation(clock, *clients, count=3, seed=5)
     ours.wait_for(3)
     train(ours)
+    ours.ask(FedAvg(min_available_nodes=1).configure_evaluate(1, MODEL, ConfigRecord(), ours), "testing")
     for client in clients:
-        rows = client.of_type("train")[0].content["rows"]
         position = places(ours)[client.node]
-        assert rows["train"].numpy().tolist() == partition.iid(20, 3, 5)[position].tolist()
-        assert rows["test"].numpy().tolist() == partition.iid(12, 3, 5)[position].tolist()
+        for kind, samples in ((MessageType.TRAIN, 20), (MessageType.EVALUATE, 12)):
+            (message,) = client.of_type(kind)
+            assert rows_of(message) == partition.iid(samples, 3, 5)[position].tolist()
     assert "client 0 joined from host/1: 7 samples of 20" in capsys.readouterr().out
 
 
@@ -190,7 +208,7 @@ def test_the_first_client_settles_the_number_of_partitions(clock: Clock) -> None
     ours.wait_for(2)
     train(ours)
     assert places(ours) == {1: 3, 2: 0}
-    assert [len(c.of_type("train")[0].content["rows"]["train"].numpy()) for c in (first, second)] == [4, 4]
+    assert [len(rows_of(client.of_type("train")[0])) for client in (first, second)] == [4, 4]
 
 
 def assert_refused(grid: FakeGrid, ours: Roster, client: FakeClient, why: str) -> None:
@@ -272,13 +290,38 @@ def test_a_new_client_takes_the_place_of_one_that_has_gone(clock: Clock) -> None
     assert places(ours) == {2: 1, 5: 0}
 
 
+def test_a_partition_is_kept_for_the_client_that_an_earlier_server_gave_it_to(clock: Clock) -> None:
+    known, new = FakeClient(1, "a/0", joins_after=5), FakeClient(2, "b/0")
+    ours, _ = federation(clock, known, new)
+    ours.places = {"a/0 1": 0}  # as a checkpoint has it
+    ours.wait_for(2)
+    assert places(ours) == {1: 0, 2: 1}
+    assert ours.places == {"a/0 1": 0, "b/0 1": 1}, "and as the next one will have it"
+
+
+@pytest.mark.parametrize(("data", "old", "new"), [("", 2, 0), ("another", 0, 2)], ids=["a copy", "its own"])
+def test_a_client_that_has_changed_its_data_gets_another_place(clock: Clock, data: str, old: int, new: int) -> None:
+    ours, _ = federation(clock, FakeClient(1, "a/0", data=data or data_digest(DATA)))
+    ours.places = {"a/0 1": old}  # the places below 2 are partitions, the others for data of their own
+    ours.wait_for(1)
+    assert places(ours) == {1: new} and ours.places == {"a/0 1": new}
+    assert (ours.clients[1].rows is None) == bool(data)
+
+
+def test_a_client_whose_partition_is_not_there_any_more_gets_another(clock: Clock) -> None:
+    ours, _ = federation(clock, FakeClient(1, "a/0"))
+    ours.places = {"a/0 1": 4}  # the run was begun with more partitions, by a client that named their number
+    ours.wait_for(1)
+    assert places(ours) == {1: 0}
+
+
 def test_a_client_with_other_data_gets_no_rows(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    own = [FakeClient(node, f"site/{node}", data="another digest") for node in (1, 2, 3)]
+    own = [FakeClient(node, f"site/{node}", data="another digest", samples=7) for node in (1, 2, 3)]
     ours, _ = federation(clock, *own)  # three, though only two are waited for
     ours.wait_for(3)
     assert sorted(train(ours)) == [2, 3, 4]  # after the partitions, which are for clients with the server's data
     assert all("rows" not in client.of_type("train")[0].content for client in own)
-    assert "client 2 joined from site/1: data of its own" in capsys.readouterr().out
+    assert "client 2 joined from site/1: 7 samples of its own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("theirs", ["1.40.0", "2.0.0", "1.42.0"])
@@ -343,6 +386,36 @@ def test_a_client_that_fails_to_join_is_named_and_left_alone(clock: Clock, capsy
     assert "a client could not join: no such data" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"name": 5}, {"name": None}, {"key": 1.5}, {"partition-id": "0"}, {"partition-id": True}, {"flwr": b"1.41"},
+     {"num-partitions": None}, {"train-samples": "many"}, {"test-samples": [1]}, {"data": None}, {"colour": "red"}],
+    ids=str,
+)  # fmt: skip
+def test_a_client_that_introduces_itself_in_another_way_is_left_alone(
+    clock: Clock, odd: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, _ = federation(clock, FakeClient(1, "a/0", odd=odd), FakeClient(2, "b/0"), count=1)
+    ours.wait_for(1)
+    assert places(ours) == {2: 0}
+    assert "a client could not join: it does not introduce itself as client.py does" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a/0", ""], ids=["started by client.py", "by other means"])
+@pytest.mark.parametrize(("wanted", "partitions"), [(-1, 0), (0, 2)], ids=["any", "its own"])
+def test_a_node_that_has_been_away_is_greeted_again(clock: Clock, name: str, wanted: int, partitions: int) -> None:
+    first = FakeClient(1, name, wanted, partitions)
+    ours, grid = federation(clock, first, FakeClient(2, "b/0", joins_after=1))
+    ours.wait_for(2)
+    del grid.online[1]
+    ours.greet()
+    grid.online[1] = again = FakeClient(1, name, wanted, partitions)
+    ours.wait_for(2)
+    assert [len(client.of_type("query.join")) for client in (first, again)] == [1, 1]
+    assert again.of_type("query.leave") == []
+    assert places(ours) == {1: 0, 2: 1}
+
+
 def test_order_depends_on_partitions_only(clock: Clock) -> None:
     nodes = [900, 3, 512, 77]
     clients = [FakeClient(node, f"h/{node}", wanted=i, partitions=4) for i, node in enumerate(nodes)]
@@ -363,7 +436,7 @@ def test_a_message_is_the_strategys_with_the_place_of_the_client_added(clock: Cl
     (message,) = client.of_type(MessageType.TRAIN)
     assert message.content["config"]["server-round"] == 3
     assert weights.sha256(message.content["arrays"]) == weights.sha256(MODEL)
-    assert dict(message.content["client"]) == {"position": 0, "data": "/data"}
+    assert dict(message.content["client"]) == {"position": 0, "data": "/data", "digest": data_digest(DATA)}
     assert message.metadata.dst_node_id == 4
 
 
@@ -373,7 +446,7 @@ def test_what_one_client_is_sent_is_not_sent_to_another(clock: Clock) -> None:
     ours.wait_for(3)
     train(ours)
     assert [client.of_type("train")[0].content["client"]["position"] for client in clients] == [0, 1, 2]
-    rows = [client.of_type("train")[0].content["rows"]["train"].numpy().tolist() for client in clients]
+    rows = [rows_of(client.of_type("train")[0]) for client in clients]
     assert sorted(chain(*rows)) == list(range(20))
 
 
@@ -412,7 +485,7 @@ def test_clients_that_go_before_they_are_asked_are_dropped_and_counted(clock: Cl
     messages = FedAvg(min_available_nodes=1).configure_train(1, MODEL, ConfigRecord(), ours)
     grid.online = {2: grid.online[2]}
     replies = ours.ask(messages, "training")
-    assert [reply.content["metrics"]["node"] for reply in replies] == [2]
+    assert [reply.metadata.src_node_id for reply in replies] == [2]
     assert ours.tally()["dropped"] == 2
 
 
@@ -445,33 +518,61 @@ def test_a_late_reply_is_not_taken_for_one_of_the_next_round(clock: Clock) -> No
     assert len(slow.of_type("train")) == 2
 
 
-def test_rows_are_sent_until_they_are_confirmed_and_then_no_more(clock: Clock) -> None:
+def test_every_message_names_the_rows_so_that_no_client_need_remember_them(clock: Clock) -> None:
     client = FakeClient(1, "a/0", fails="busy")
     ours, grid = federation(clock, client, count=1)
     ours.wait_for(1)
-    train(ours, 1)
-    client.fails = ""
-    train(ours, 2)
-    train(ours, 3)
-    assert ["rows" in message.content for message in client.of_type("train")] == [True, True, False]
+    for client.fails in ("busy", "", ""):
+        train(ours)
     again = FakeClient(2, "a/0")
     grid.online = {2: again}
     ours.wait_for(1)
-    train(ours, 4)
-    assert ["rows" in message.content for message in again.of_type("train")] == [True], "a new process knows nothing"
+    train(ours)
+    told = [rows_of(message) for message in (*client.of_type("train"), *again.of_type("train"))]
+    assert told == 4 * [list(range(20))]
+
+
+@pytest.mark.parametrize("samples", [1, 7, 8, 9, 16, 1000, 10_007])
+def test_a_mask_is_a_bit_per_sample_and_decodes_to_the_rows(clock: Clock, samples: int) -> None:
+    data = (np.zeros(samples), np.arange(samples)), (np.zeros(samples + 3), np.arange(samples + 3))
+    grid = FakeGrid(clock, [])
+    for partitions in {1, min(samples, 3), min(samples, 8)}:
+        ours = Roster(grid, checked({"num-clients": partitions}), "/data", data)
+        for split, size in (("train", samples), ("test", samples + 3)):
+            for rows in ours.parts[split]:
+                mask = ours.mask(split, rows)
+                assert (mask.dtype, mask.nbytes) == (np.uint8, math.ceil(size / 8))
+                assert np.flatnonzero(np.unpackbits(mask, count=size)).tolist() == rows.tolist()
+
+
+def own_samples(mask: ArrayRecord | None, digest: str = "") -> list[int]:
+    """Return the labels that a real client takes of the test samples, on being told `mask`."""
+    settings = ConfigRecord({"data": "", "digest": digest or data_digest(DATA)})
+    content = RecordDict({"client": settings} | ({"rows": mask} if mask else {}))
+    task: Any = SimpleNamespace(load_data=lambda root: DATA)
+    message = Message(content, 1, MessageType.EVALUATE)
+    return client_app.own_samples("test", task, message, Context(1, 1, {}, RecordDict(), {}))[1].tolist()
+
+
+def test_a_client_takes_the_samples_of_its_mask_and_refuses_one_for_other_data(clock: Clock) -> None:
+    ours, _ = federation(clock)
+    mask = ArrayRecord({"mask": Array(ours.mask("test", np.array([0, 8, 11], np.int32)))})
+    assert own_samples(mask) == [0, 8, 11]
+    assert own_samples(None) == list(range(12)), "without a mask, all are its own"
+    with pytest.raises(ValueError, match="the data here are not the server's any more; start"):
+        own_samples(mask, "another digest")
 
 
 def test_bytes_are_counted_both_ways(clock: Clock) -> None:
     clients = [FakeClient(node, f"h/{node}", joins_after=node / 10) for node in (1, 2)]
     ours, _ = federation(clock, *clients)
     ours.wait_for(2)
-    train(ours)
-    rows = sum(weights.size(client.of_type("train")[0].content["rows"]) for client in clients)
-    model = weights.size(MODEL)
-    assert rows > 20 * 4 + 12 * 4
-    assert ours.tally() == {"dropped": 0, "bytes_down": 2 * model + rows, "bytes_up": 2 * model}
-    train(ours, 2)
-    assert ours.tally() == {"dropped": 0, "bytes_down": 2 * model, "bytes_up": 2 * model}
+    for server_round in (1, 2):
+        train(ours, server_round)
+        masks = sum(weights.size(client.of_type("train")[-1].content["rows"]) for client in clients)
+        model = weights.size(MODEL)
+        assert masks == 2 * len(Array(np.zeros(3, np.uint8)).data), "20 samples are 3 bytes and NumPy's header"
+        assert ours.tally() == {"dropped": 0, "bytes_down": 2 * model + masks, "bytes_up": 2 * model}
     assert ours.tally() == {"dropped": 0, "bytes_down": 0, "bytes_up": 0}
 
 
