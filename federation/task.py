@@ -104,12 +104,17 @@ def build_net(task: ModuleType, seed: int) -> Any:
     """Build the model from `seed`: given to Net if it takes one, and to each random generator that is loaded."""
     if keras := sys.modules.get("keras"):
         # Or the names of weights would count on, and memory grow: but a full collection takes its time
-        keras.utils.clear_session(free_memory=keras in vars(task).values())
+        keras.utils.clear_session(free_memory=any(value is keras for value in vars(task).values()))
     seed_generators(seed)
     try:
-        return task.Net(seed=seed) if "seed" in inspect.signature(task.Net).parameters else task.Net()
+        return task.Net(seed=seed) if _takes_seed(task.Net) else task.Net()
     except Exception as error:
         raise ValueError(f"{task.__name__}.Net() failed: {reason(error)}") from None
+
+
+def _takes_seed(net: Any) -> bool:
+    """Tell whether Net takes a seed: as a function, or as a class, whose metaclass may hide what __init__ takes."""
+    return any("seed" in inspect.signature(function).parameters for function in (net, net.__init__))
 
 
 def seed_generators(seed: int) -> None:
