@@ -42,6 +42,10 @@ def undisturbed(folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -
     return str(metrics_of(folder / "undisturbed")["final_weights_sha256"])
 
 
+def as_text(config: Config) -> str:
+    return " ".join(f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in config.items())
+
+
 def kill(terminals: Terminals, terminal: Terminal, part: str) -> None:
     """Kill a part of the server, or the launcher itself, and wait until nothing of it is left."""
     victims: list[Any] = named(terminals.processes(), part) if part else [terminal.process]
@@ -58,19 +62,16 @@ def kill(terminals: Terminals, terminal: Terminal, part: str) -> None:
 def test_a_server_that_is_killed_goes_on(terminals: Terminals, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (terminals.folder / "careful.py").write_text(CAREFUL)
     config = SETTINGS | {"strategy": strategy}
-    pairs = " ".join(
-        f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in config.items()
-    )
     address = f"127.0.0.1:{free_port()}"
     start = ("server.py", "--address", address)
     clients = [terminals.open("client.py", "--server", address, "--threads", "1") for _ in range(2)]
 
-    running = terminals.open(*start, "--task", "careful", "--run-config", pairs)
+    running = terminals.open(*start, "--task", "careful", "--run-config", as_text(config))
     for moment, part in (("client 1 joined", ""), ("\n    1  ", "flower-superlink"), ("\n    2  ", "flwr-serverapp")):
-        running.wait_for(moment)
+        running.wait_for(moment, 300)
         kill(terminals, running, part)
         running = terminals.open(*start, "--resume")
-    assert running.wait() == 0, running.text
+    assert running.wait(400) == 0, running.text
     assert [client.wait(30) for client in clients] == [0, 0], [client.text for client in clients]
 
     ended = metrics_of(terminals.folder)

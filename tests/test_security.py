@@ -1,0 +1,238 @@
+"""Who may join and who may not, over real processes: TLS, keys, and the gate that strangers knock at."""
+
+import random
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+
+from federation.certificates import make_authority, make_client, make_server
+from tests.conftest import ROOT, Terminal, Terminals, eventually
+from tests.test_faults import assert_all_gone, metrics_of, named
+from tests.test_killed import SETTINGS, as_text, one_thread, undisturbed
+from tests.test_ladder_itself import CAREFUL
+from tests.test_terminals import free_port
+
+pytestmark = pytest.mark.slow
+__all__ = ["one_thread"]
+TRIES = 10_000
+
+
+@pytest.fixture
+def keys(terminals: Terminals) -> Path:
+    """Make an authority, a server's certificate and the keys of three clients, by the documented command."""
+    folder = terminals.folder / "keys"
+    names = ["--server", "localhost", "--client", "berlin", "paris", "rome"]
+    subprocess.run([sys.executable, "-m", "federation.certificates", folder, *names], cwd=ROOT, check=True)
+    (terminals.folder / "careful.py").write_text(CAREFUL)
+    return folder
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_private_keys_are_private(keys: Path) -> None:
+    assert {mode(path) for path in keys.rglob("*.key")} == {0o600}
+    assert len(list(keys.rglob("*.key"))) == 5
+    assert sorted(path.name for path in (keys / "clients").iterdir()) == [
+        "berlin.pub",
+        "ca.crt",
+        "paris.pub",
+        "rome.pub",
+    ]
+
+
+@contextmanager
+def expired_server(folder: Path) -> Iterator[int]:
+    """Serve nothing, over TLS with a certificate that has expired; yield the port."""
+    make_server(folder, ["localhost"], days=-1)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                with suppress(ssl.SSLError):
+                    context.wrap_socket(listener.accept()[0], server_side=True)
+
+    Thread(target=serve, daemon=True).start()
+    yield listener.getsockname()[1]
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+def start(terminals: Terminals, *options: str) -> tuple[int, Terminal]:
+    port = free_port()
+    server = terminals.open("server.py", "--address", f"0.0.0.0:{port}", "--tls", "keys", "--task", "careful", *options)
+    return port, server
+
+
+def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path) -> None:
+    port, server = start(terminals, "--clients", "3", "--rounds", "3", "--run-config", "min-clients=2")
+    server.wait_for("waiting for 3 clients", 300)
+    rogue = tmp_path / "rogue"
+    make_authority(rogue)
+    make_client(rogue, "mallory")
+    unknown = tmp_path / "unknown"
+    shutil.copytree(keys / "berlin", unknown)
+    shutil.copy(rogue / "mallory" / "client.key", unknown)
+    (keyless := tmp_path / "keyless").mkdir()
+    shutil.copy(keys / "ca.crt", keyless)
+    shutil.copytree(keys, tmp_path / "expired")
+    with expired_server(tmp_path / "expired") as expired:
+        started = time.monotonic()
+        refused = {
+            "speaks TLS; give --tls": client(terminals, port),
+            "cannot be trusted: unable to get local issuer certificate": client(terminals, port, rogue / "mallory"),
+            "cannot be trusted: certificate has expired": client(terminals, expired, keys / "berlin"),
+            "cannot be trusted: IP address mismatch": client(terminals, port, keys / "berlin", "127.0.0.2"),
+            f"does not know {unknown}/client.key": client(terminals, port, unknown),
+            "does not know a client without a key": client(terminals, port, keyless),
+        }
+        for reason, stranger in refused.items():
+            assert stranger.wait(120) == 1, stranger.text
+            assert reason in stranger.text.splitlines()[-1] and "Traceback" not in stranger.text
+            assert sum("client.py:" in line for line in stranger.text.splitlines()) == 1
+        print(f"the last of {len(refused)} strangers was refused after {time.monotonic() - started:.0f} s")
+    knock(port, keys / "ca.crt")
+
+    members = [client(terminals, port, keys / name) for name in ("berlin", "paris", "rome")]
+    server.wait_for("\n    1  ", 300)
+    (keys / "clients" / "rome.pub").unlink()
+    server.wait_for("2 clients may join", 60)
+    assert members[2].wait(60) == 1 and "does not know" in members[2].text.splitlines()[-1], members[2].text
+    assert server.wait(400) == 0, server.text
+    assert [member.wait(60) for member in members[:2]] == [0, 0]
+    rounds = metrics_of(terminals.folder)["rounds"]
+    assert rounds[1]["clients"] == 3 and rounds[-1]["clients"] == 2
+    assert_all_gone(terminals)
+
+
+def client(terminals: Terminals, port: int, tls: Path | None = None, host: str = "127.0.0.1") -> Terminal:
+    options = ("--tls", str(tls)) if tls else ()
+    return terminals.open("client.py", "--server", f"{host}:{port}", "--threads", "1", *options)
+
+
+def knock(port: int, ca: Path) -> None:
+    """Check that of the SuperLink's APIs only the clients' one is to be reached, and only by those who sign."""
+    context = ssl.create_default_context(cafile=ca)
+
+    def status(path: str, body: bytes | None = b"") -> int:
+        request = urllib.request.Request(
+            f"https://localhost:{port}{path}", body, {"Content-Type": "application/protobuf"}
+        )
+        try:
+            with urllib.request.urlopen(request, context=context, timeout=10) as response:
+                return int(response.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert status("/health", None) == 200
+    for hidden in (
+        "/v1/control/start-run", "/v1/control/register-node", "/v1/runtime/pull-task-input", "/docs", "/openapi.json",
+        "/v1/fleet/..%2Fcontrol%2Fregister-node", "/v1/fleet/../control/register-node", "//v1/control/start-run",
+        "/v1/fleet/", "/V1/fleet/get-run",
+    ):  # fmt: skip
+        assert status(hidden) == 404, hidden
+    for call in ("register-node", "activate-node", "pull-messages", "get-run", "get-fab", "push-object"):
+        assert 400 <= status(f"/v1/fleet/{call}") < 500, call
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_noise_disturbs_no_run(terminals: Terminals, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port, server = start(terminals, "--run-config", as_text(SETTINGS))
+    members = [client(terminals, port, keys / name) for name in ("berlin", "paris")]
+    server.wait_for("client 1 joined", 300)
+    parts = named(terminals.processes(), "gate.py") + named(terminals.processes(), "flower-superlink")
+    noise = Noise(port)
+    noise.make(1000)
+    before = [memory(part) for part in parts]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(noise.make, [TRIES // 20] * 20))
+    assert noise.tries >= TRIES
+    after = [memory(part) for part in parts]
+    assert "\n    4  " not in server.text, "the run was still going on"
+    assert [now - then < 30 for now, then in zip(after, before, strict=True)] == [True, True], (before, after)
+    assert server.wait(400) == 0, server.text
+    assert [member.wait(60) for member in members] == [0, 0]
+    sha = metrics_of(terminals.folder)["final_weights_sha256"]
+    assert sha == undisturbed(terminals.folder, SETTINGS, monkeypatch)
+    assert_all_gone(terminals)
+
+
+def memory(process: psutil.Process) -> float:
+    """Return the resident memory of a process in MiB."""
+    return float(process.memory_info().rss / 2**20)
+
+
+class Noise:
+    """What strangers may send: no TLS, broken TLS, no HTTP, half a request, calls with a body of random bytes."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.tries = port, 0
+        self.context = ssl.create_default_context()
+        self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE
+
+    def make(self, tries: int) -> None:
+        dice = random.Random(tries)
+        for _ in range(tries):
+            content = dice.choice((self.bytes, self.half, self.call, self.hello))(dice)
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5) as plain:
+                if dice.random() < 0.7:
+                    plain.sendall(content)
+                else:
+                    with self.context.wrap_socket(plain) as secure:
+                        secure.sendall(content)
+            self.tries += 1
+
+    def bytes(self, dice: random.Random) -> bytes:
+        return dice.randbytes(dice.randrange(2000))
+
+    def hello(self, dice: random.Random) -> bytes:
+        return b"\x16\x03\x01\x02\x00\x01" + dice.randbytes(dice.randrange(600))
+
+    def half(self, dice: random.Random) -> bytes:
+        whole = self.call(dice)
+        return whole[: dice.randrange(len(whole))]
+
+    def call(self, dice: random.Random) -> bytes:
+        body = self.bytes(dice)
+        name = dice.choice(
+            ("register-node", "activate-node", "pull-messages", "push-messages", "get-run", "push-object")
+        )
+        length = dice.choice((len(body), 10**12, -1, 0))
+        head = f"POST /v1/fleet/{name} HTTP/1.1\r\nHost: here\r\nContent-Type: application/protobuf\r\n"
+        return f"{head}Content-Length: {length}\r\n\r\n".encode() + body
+
+
+def test_a_client_that_was_killed_comes_back_with_its_key(terminals: Terminals, keys: Path) -> None:
+    port, server = start(terminals, "--rounds", "5", "--run-config", "min-clients=2 retries=9")
+    members = [client(terminals, port, keys / name) for name in ("berlin", "paris")]
+    server.wait_for("client 1 joined", 300)
+    place = next(line for line in server.text.splitlines() if line.startswith("client 1 joined"))
+    victim = next(member for member in members if "joining" in member.text)
+    victim.process.kill()
+    eventually(lambda: len(named(terminals.processes(), "flower-supernode")) == 1, 10)
+    back = client(terminals, port, keys / ("berlin" if victim is members[0] else "paris"))
+    back.wait_for("still counts on an earlier process of this client", 60)
+    server.wait_for("waiting for 2 clients, 1 here", 200)
+    assert server.wait(500) == 0, server.text
+    assert back.wait(60) == 0 and members[victim is members[0]].wait(60) == 0
+    assert [row["clients"] for row in metrics_of(terminals.folder)["rounds"]] == [None, 2, 2, 2, 2, 2]
+    assert place.split(":")[0].split(" from ")[0] in server.text
+    assert_all_gone(terminals)
