@@ -2,9 +2,9 @@
 
     python benchmarks/chaos.py --data DIR
 
-A task of its own: the network of cifar.py, on a few of its samples. One training in ten goes wrong: the client is killed,
-raises an error, or returns weights or a loss that are not finite. The same run without faults is the yardstick. Prints
-accuracy, what was dropped, and the memory of the server and of all simulated clients in the course of the run.
+A task of its own: the network of cifar.py, on a few of its samples. One training in ten goes wrong: the client is
+killed, raises an error, or returns weights or a loss that are not finite. The same run without faults is the yardstick.
+Prints accuracy, what was dropped, and the memory of the server and of all simulated clients in the course of the run.
 """
 
 import argparse

@@ -19,24 +19,27 @@ class Register:
         self.ours, self.folder = ours, folder
         self.nodes: dict[str, int] = {}  # by public key; 0 for one that was refused
 
-    def update(self) -> int:
-        """Register what has come into the folder, remove what has left it, and return how many are registered."""
+    def update(self) -> None:
+        """Register what has come into the folder, and remove what has left it."""
         keys = {" ".join(path.read_text("utf-8").split()[:2]): path for path in sorted(self.folder.glob("*.pub"))}
         new = [key for key in keys if key not in self.nodes]
         with ThreadPoolExecutor(4) as several:  # each call takes a second or two
             self.nodes |= zip(new, several.map(self.add, [keys[key] for key in new]), strict=True)
         for key in [key for key in self.nodes if key not in keys]:
             self.remove(self.nodes.pop(key))
-        return sum(node != 0 for node in self.nodes.values())
+
+    def show(self) -> None:
+        known = sum(node != 0 for node in self.nodes.values())
+        print(f"{known} {'key' if known == 1 else 'keys'} may join, of {self.folder}", flush=True)
 
     def watch(self) -> None:
         """Go on for ever, and say who comes and goes."""
         while True:
             time.sleep(LOOK)
-            before = self.nodes.copy()
-            count = self.update()
-            if self.nodes.keys() != before.keys():
-                print(f"{count} clients may join: {self.folder}", flush=True)
+            before = set(self.nodes)
+            self.update()
+            if self.nodes.keys() != before:
+                self.show()
 
     def add(self, path: Path) -> int:
         result = self.flwr("register", str(path))

@@ -60,7 +60,8 @@ def host_run(address: Address, run_config: Config, simulated_clients: int = 0, t
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         ca = start_superlink(ours, inside, simulated_clients > 0, register is not None)
         if register:
-            print(f"{register.update()} clients may join: {register.folder}", flush=True)
+            register.update()
+            register.show()
             Thread(target=register.watch, daemon=True).start()
         if not direct and not simulated_clients:
             start_gate(ours, address, inside, ca, tls)

@@ -114,7 +114,7 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
     members = [client(terminals, port, keys / name) for name in ("berlin", "paris", "rome")]
     server.wait_for("\n    1  ", 300)
     (keys / "clients" / "rome.pub").unlink()
-    server.wait_for("2 clients may join", 60)
+    server.wait_for("2 keys may join", 60)
     assert members[2].wait(60) == 1 and "does not know" in members[2].text.splitlines()[-1], members[2].text
     assert server.wait(400) == 0, server.text
     assert [member.wait(60) for member in members[:2]] == [0, 0]
