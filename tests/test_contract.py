@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -228,6 +229,19 @@ def test_the_initial_model_is_the_centralized_one_of_the_seed() -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in net.state_dict().items())
     other = build_net(cifar, 6).state_dict()
     assert not any(torch.equal(tensor, other[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize(("line", "uses_it"), [("keras = sys.modules['keras']", True), ("keras = None", False)])
+def test_arrays_of_a_task_are_not_taken_for_keras(
+    write: Any, line: str, uses_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To compare an array with a module gives an array, which is neither true nor false."""
+    cleared: list[bool] = []
+    utils = SimpleNamespace(clear_session=lambda free_memory: cleared.append(free_memory), set_random_seed=id)
+    monkeypatch.setitem(sys.modules, "keras", SimpleNamespace(utils=utils))
+    lines = ["import sys", "import numpy", "SCALES = numpy.ones(3)", line, *COMPLETE.values()]
+    build_net(load_task(write("\n".join(lines))), 5)
+    assert cleared == [uses_it]
 
 
 def test_a_net_that_takes_the_seed_is_given_it(write: Any) -> None:
