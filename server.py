@@ -24,7 +24,7 @@ from federation.folder import run_folder
 from federation.partition import check_enough
 from federation.report import Report
 from federation.roster import Roster, seed_sampling
-from federation.strategy import make_strategy, strategy_state
+from federation.strategy import check_finite, make_strategy, strategy_state
 from federation.task import build_net, find_data, load_task, read_data
 
 app = ServerApp()
@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     net = build_net(task, config["seed"])
     clients = Roster(grid, config, root, data)
     report = Report(config, root, data)
-    clients.places = report.metrics["clients"]
+    clients.remember(report.metrics)
     arrays = report.arrays or weights.from_net(net)
     strategy = make_strategy(config, report.state)
 
@@ -74,6 +74,7 @@ def play_round(
     mean, training = strategy.aggregate_train(server_round, replies)
     assert mean is not None and training is not None
     new_arrays = weights.as_before(arrays, mean)
+    check_finite(new_arrays)
     answers = clients.ask(
         strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients.as_grid()), "testing"
     )

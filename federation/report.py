@@ -68,7 +68,7 @@ class Report:
         if saved["dataset"] != self.metrics["dataset"]:
             raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
         self.arrays, self.state = records.pop("arrays"), records
-        self.metrics |= {"rounds": saved["rounds"], "clients": saved["clients"]}
+        self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions")}
         say(f"resuming after round {saved['rounds'][-1]['round']}")
 
     @property

@@ -52,6 +52,12 @@ class Roster:
         self.places: dict[str, int] = {}  # which client, by key, has or had which partition
         self.dropped = self.bytes_down = self.bytes_up = 0
 
+    def remember(self, metrics: dict[str, Any]) -> None:
+        """Go on from what a run has reported, and keep that up to date: who has which of how many partitions."""
+        self.places = metrics["clients"]
+        if dealt := metrics["partitions"].get("train"):
+            self.deal(len(dealt))
+
     # ------------------------------------------------------------------------------------------------------ joining
 
     def wait_for(self, count: int) -> None:

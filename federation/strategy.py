@@ -44,6 +44,13 @@ def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
     return {name: ArrayRecord({k: Array(np.asarray(v)) for k, v in old.items()}) for name, old in held.items() if old}
 
 
+def check_finite(arrays: ArrayRecord) -> None:
+    """Raise RuntimeError where a global model has an entry that is not finite: the sum of large numbers can be."""
+    for name, array in arrays.items():
+        if not np.isfinite(array.numpy()).all():
+            raise RuntimeError(f"{name} of the new global model is not finite; a smaller learning rate may help")
+
+
 def check_reply(question: Message, reply: Message, samples: dict[str, int], exactly: bool) -> None:
     """Raise ValueError, which says why in one line, unless a reply can be aggregated.
 
