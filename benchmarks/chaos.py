@@ -2,128 +2,184 @@
 
     python benchmarks/chaos.py --data DIR
 
-A task of its own: the network of cifar.py, on a few of its samples. One training in ten goes wrong: the client is
-killed, raises an error, or returns weights or a loss that are not finite. The same run without faults is the yardstick.
-Prints accuracy, what was dropped, and the memory of the server and of all simulated clients in the course of the run.
+The server's main() and the ClientApp as they are, on a Grid in memory: each message to a client is a process of its own.
+One training in ten goes wrong: the process is killed, and the client stays away for a while and comes back as another
+node; or it fails, or returns a model that is not finite or of another shape, or counts samples that it does not have.
+(Flower's Simulation Engine itself does not survive that one of its workers is killed.) The same run without faults is
+the yardstick. Prints accuracy, what was dropped, and the memory of server and clients in the course of the run.
 """
 
 import argparse
+import functools
 import json
 import os
+import pickle
 import random
 import signal
-import subprocess
+import statistics
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar
-from cifar import Data, Net, find_data, test
+import client
+import server
+from cifar import Data, Net, find_data, test, train
+from federation.config import Config
+from tests.in_memory import InMemoryGrid, in_a_run
 
 __all__ = ["Net", "find_data", "load_data", "test", "train"]
 
-ROOT = Path(__file__).resolve().parents[1]
-SAMPLES = 5_000, 2_000  # for training and testing: ten clients hold 500 and 200 each
+SAMPLES = 3_000, 1_000  # for training and testing: ten clients hold 300 and 100 each
 FAULTS = 0.1  # the share of the trainings that go wrong
-SWITCH = "CHAOS_FAULTS"  # the environment variable that says so to the clients' processes
+AWAY = 3  # for how many messages to others a client that was killed stays away
 
 
+@functools.cache
 def load_data(root: str | None) -> tuple[Data, Data]:
-    """Return the first few samples of what cifar.py reads: its files come in no order of classes."""
-    splits = cifar.load_data(root)
-    order = [
-        torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:most]
-        for (_, y), most in zip(splits, SAMPLES, strict=True)
-    ]
-    (train_data, test_data) = ((x[rows], y[rows]) for (x, y), rows in zip(splits, order, strict=True))
-    return train_data, test_data
+    """Return a few samples of what cifar.py reads, drawn once: its files come in the order of their classes."""
+    (x, y), (x_test, y_test) = cifar.load_data(root)
+    rows, test_rows = (
+        torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:most]
+        for labels, most in zip((y, y_test), SAMPLES, strict=True)
+    )
+    return (x[rows], y[rows]), (x_test[test_rows], y_test[test_rows])
 
 
-def train(net: Any, data: Data, *, epochs: int, lr: float = 0.01, batch_size: int = 32, seed: int = 0) -> float:
-    """Train as cifar.py does, unless something goes wrong."""
-    dice = random.Random(f"{seed} {time.time_ns()}")  # or a round that is tried again would go wrong again
-    fault = dice.choice(("kill", "raise", "nan", "loss")) if dice.random() < float(os.environ.get(SWITCH, 0)) else ""
-    if fault == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "raise":
-        raise RuntimeError("a fault on purpose")
-    loss = cifar.train(net, data, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
-    if fault == "nan":
-        with torch.no_grad():
-            next(net.parameters()).view(-1)[0] = torch.nan
-    return float("nan") if fault == "loss" else loss
+class Chaos(InMemoryGrid):
+    """Nodes that are processes, some of which are killed or return what is no use."""
+
+    def __init__(self, config: Config, clients: int, faults: float) -> None:
+        names = {node: {"name": f"host/{node}", "key": f"key {node}"} for node in range(1, clients + 1)}
+        super().__init__(config, names)
+        self.faults, self.dice = faults, random.Random(0)
+        self.away: dict[int, int] = {}  # node: for how many messages
+        self.peaks: list[float] = []  # memory of clients, in MiB
+        self.memory: list[float] = []  # and of the server, after each message
+
+    def get_node_ids(self) -> list[int]:
+        return [node for node in self.contexts if node not in self.away]
+
+    def push(self, message: Message) -> str:
+        self.come_back()
+        self.messages = [message] * (len(self.messages) + 1)  # its length counts, and nothing else is kept
+        identity = message.metadata.__dict__["_message_id"] = str(len(self.messages))
+        fault = self.dice.choice(["failed", *FAULTY]) if self.dice.random() < self.faults else ""
+        reply = self.work(message, fault if message.metadata.message_type == "train" else "")
+        if reply:
+            self.replies[identity] = reply
+        else:
+            self.away[message.metadata.dst_node_id] = AWAY
+        self.memory.append(memory_of(os.getpid()))
+        return identity
+
+    def come_back(self) -> None:
+        """Let time pass for clients that are away, and bring one back under another id when it is over."""
+        for node in list(self.away):
+            self.away[node] -= 1
+            if self.away[node] <= 0:
+                context = self.contexts.pop(node)
+                del self.away[node]
+                new = max(self.contexts) + 1
+                self.contexts[new] = Context(1, new, context.node_config, RecordDict(), context.run_config)
+
+    def work(self, message: Message, fault: str) -> Message | None:
+        """Let a process answer, and return what it has answered, if it has lived to do so."""
+        reading, writing = os.pipe()
+        if (process := os.fork()) == 0:
+            os.close(reading)
+            reply = client.app(message, self.contexts[message.metadata.dst_node_id])
+            reply = FAULTY[fault](reply) if fault in FAULTY else reply
+            reply = Message(Error(0, "a fault on purpose"), reply_to=message) if fault == "failed" else reply
+            with os.fdopen(writing, "wb") as pipe:
+                pickle.dump((memory_of(os.getpid()), reply), pipe)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            answer = pipe.read()
+        os.waitpid(process, 0)
+        if not answer:
+            return None
+        peak, reply = pickle.loads(answer)
+        self.peaks.append(peak)
+        return reply  # type: ignore[no-any-return]
 
 
-# ------------------------------------------------------------------------------------------------------ measurement
+def memory_of(process: int) -> float:
+    return float(psutil.Process(process).memory_info().rss / 2**20)
 
 
-def run(faults: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one federation, and return what it reports and how much memory its processes took."""
-    out = args.out / ("faults" if faults else "none")
-    command = [sys.executable, str(ROOT / "server.py"), "--task", "benchmarks.chaos", "--simulate", str(args.clients)]
-    command += ["--rounds", str(args.rounds), "--out", str(out), "--data", args.data]
-    command += ["--run-config", "min-clients=5 retries=5 learning-rate=0.01"]
-    server = subprocess.Popen(command, env=os.environ | {SWITCH: str(faults)}, cwd=ROOT)
-    memory = list(watch(server, out / "metrics.json"))
-    metrics = json.loads((out / "metrics.json").read_text("utf-8"))
-    return {"status": server.returncode, "rounds": metrics["rounds"], "memory": memory}
+def killed(reply: Message) -> Message:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return reply
 
 
-def watch(server: "subprocess.Popen[bytes]", metrics: Path) -> Iterator[tuple[int, float, float]]:
-    """Yield the round, and the memory in MiB of the ServerApp and of all simulated clients, again and again."""
-    while server.poll() is None:
-        time.sleep(5)
-        sizes = {"flwr-serverapp": 0.0, "ray::": 0.0}
-        for process in psutil.process_iter(["cmdline", "memory_full_info"]):
-            command = " ".join(process.info["cmdline"] or ())
-            for name in sizes:
-                if name in command and process.info["memory_full_info"]:
-                    sizes[name] += process.info["memory_full_info"].uss / 2**20
-        text = metrics.read_text("utf-8") if metrics.exists() else ""
-        yield text.count('"train_loss"') - 1, sizes["flwr-serverapp"], sizes["ray::"]
+def not_finite(reply: Message) -> Message:
+    return changed(reply, lambda values: values * float("nan"))
 
 
-def report(name: str, result: dict[str, Any]) -> None:
-    """Print one line: the run, its accuracy at the end, its faults, and memory early and late."""
-    rounds = result["rounds"]
-    last = [row["server_accuracy"] for row in rounds[-10:]]
+def misshapen(reply: Message) -> Message:
+    return changed(reply, lambda values: values[:1])
+
+
+def changed(reply: Message, how: Any) -> Message:
+    """Return a reply with another first array."""
+    arrays = reply.content.array_records["arrays"]
+    first = next(iter(arrays))
+    new = ArrayRecord({name: Array(how(array.numpy())) if name == first else array for name, array in arrays.items()})
+    reply.content["arrays"] = new
+    return reply
+
+
+def boastful(reply: Message) -> Message:
+    metrics = reply.content.metric_records["metrics"]
+    reply.content["metrics"] = MetricRecord({**metrics, "num-examples": 10**9})
+    return reply
+
+
+FAULTY = {f.__name__: f for f in (killed, not_finite, misshapen, boastful)}
+
+
+def run(name: str, faults: float, args: argparse.Namespace) -> None:
+    """Run one federation, and print what came of it."""
+    config: Config = {"task": "benchmarks.chaos", "data": find_data(args.data), "num-clients": args.clients}
+    config |= {"num-server-rounds": args.rounds, "out": str(args.out / name), "learning-rate": 0.01}
+    config |= {"min-clients": args.clients // 2, "retries": 5, "fraction-evaluate": 0.3}
+    grid = Chaos(config, args.clients, faults)
+    server.main(grid, Context(1, 0, {}, RecordDict(), config))
+    rounds = json.loads((args.out / name / "metrics.json").read_text("utf-8"))["rounds"]
+    last = [row["server_accuracy"] for row in rounds[-20:]]
     dropped = sum(row["dropped"] or 0 for row in rounds)
     fewest = min(row["clients"] for row in rounds[1:])
-    cells = [
-        f"{name:10}",
-        f"status {result['status']}",
-        f"{len(rounds) - 1} rounds",
-        f"accuracy {sum(last) / len(last):.3f}",
-    ]
-    cells += [
-        f"(last ten: {min(last):.3f} to {max(last):.3f})",
-        f"{dropped} replies dropped",
-        f"{fewest} clients at least",
-    ]
-    print("  ".join(cells))
-    for start, end in ((0.1, 0.2), (0.45, 0.55), (0.9, 1.0)):
-        some = [m for m in result["memory"] if start * len(rounds) <= m[0] <= end * len(rounds)]
-        server, clients = (sorted(m[i] for m in some)[len(some) // 2] if some else float("nan") for i in (1, 2))
-        span = f"rounds {start * len(rounds):.0f} to {end * len(rounds):.0f}"
-        print(f"  {span}: server {server:.0f} MiB, clients {clients:.0f} MiB")
+    print(f"{name}: {len(rounds) - 1} rounds, accuracy {statistics.mean(last):.3f} ± {statistics.stdev(last):.3f} "
+          f"(last 20 rounds), {dropped} replies dropped, {fewest} clients or more in a round")  # fmt: skip
+    for whose, sizes in (("server", grid.memory), ("clients", grid.peaks)):
+        tenths = [statistics.median(sizes[len(sizes) * i // 10 : len(sizes) * (i + 1) // 10]) for i in (1, 5, 9)]
+        print(f"{name}: memory of {whose} in the second, sixth and last tenth: "
+              + ", ".join(f"{size:.0f} MiB" for size in tenths))  # fmt: skip
 
 
 def main() -> None:
-    """Run both federations, and print what came out."""
+    """Run both federations, one after another."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="embedded", metavar="DIR", help="the data folder, as in cifar.py")
+    parser.add_argument("--data", metavar="DIR", help="the data folder, as in cifar.py")
     parser.add_argument("--clients", type=int, default=10, metavar="N")
     parser.add_argument("--rounds", type=int, default=200, metavar="N")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "chaos", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("runs/chaos"), metavar="DIR")
     args = parser.parse_args()
-    for faults, name in ((FAULTS, "faults"), (0.0, "no faults")):
-        report(name, run(faults, args))
+    args.out = args.out.absolute()
+    torch.set_num_threads(1)  # a process that forks must have no others
+    train(
+        Net(), [part[:32] for part in load_data(find_data(args.data))[0]], epochs=1, batch_size=32
+    )  # imports the rest
+    with in_a_run():
+        for name, faults in (("faults", FAULTS), ("none", 0.0)):
+            run(name, faults, args)
 
 
 if __name__ == "__main__":

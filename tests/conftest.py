@@ -139,14 +139,12 @@ def failed(
     return failed
 
 
-@pytest.fixture(scope="module")
-def in_a_run() -> Iterator[None]:
-    """Let messages be made in this process: without the identity of a task, Flower makes none outside of a run."""
-    from flwr.supercore.task_identity import TaskIdentity
+@pytest.fixture(scope="module", name="in_a_run")
+def in_a_run_fixture() -> Iterator[None]:
+    from tests.in_memory import in_a_run
 
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    yield
-    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
+    with in_a_run():
+        yield
 
 
 @pytest.fixture

@@ -63,6 +63,16 @@ class InMemoryGrid(Grid):
     run = property(create_message)
 
 
+@contextmanager
+def in_a_run() -> Iterator[None]:
+    """Let messages be made in this process: without the identity of a task, Flower makes none outside of a run."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    yield
+    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
+
+
 def generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Callable[[], object]]]:
     """Yield how to save, restore and scramble the global state of each random generator that is loaded."""
     yield random.getstate, random.setstate, random.seed
