@@ -2,7 +2,7 @@
 
     python benchmarks/chaos.py --data DIR
 
-The server's main() and the ClientApp as they are, on a Grid in memory: each message to a client is a process of its own.
+The server's main() and the ClientApp as they are, on a Grid in memory: each message to a client is a process.
 One training in ten goes wrong: the process is killed, and the client stays away for a while and comes back as another
 node; or it fails, or returns a model that is not finite or of another shape, or counts samples that it does not have.
 (Flower's Simulation Engine itself does not survive that one of its workers is killed.) The same run without faults is

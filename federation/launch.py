@@ -227,7 +227,8 @@ def watch(ours: Session, supernode: "subprocess.Popen[str]", server: Address, tl
             if is_up(server, tls and tls / "ca.crt", timeout=LOST_AFTER / 2):  # a link may be slow
                 answered = time.monotonic()
         time.sleep(2)
-    ours.stop()
+    if supernode.poll() is None:  # or it would be the next one that this ends
+        ours.stop()
 
 
 def wait_for_server(server: Address, wait: float, tls: Path | None) -> None:
