@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -144,7 +145,7 @@ def client_folder(text: str) -> Path:
     if (path := folder / "client.key").exists():
         try:
             key = serialization.load_ssh_private_key(path.read_bytes(), None)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
             raise argparse.ArgumentTypeError(f"{path} is no private key in OpenSSH's format: {error}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise argparse.ArgumentTypeError(f"{path} is of another kind: make one by ssh-keygen -t ecdsa -b 384")

@@ -43,7 +43,7 @@ def is_loopback(host: str) -> bool:
     """Tell whether only this machine reaches a server that listens at `host`."""
     try:
         found = socket.getaddrinfo(host, None)
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: no host can have this name
         return False
     return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
