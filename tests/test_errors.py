@@ -1,22 +1,27 @@
 """Errors of server.py and client.py: one line that names thing and value, the right status, nothing left behind."""
 
-import argparse
 import os
+import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_ssh_private_key
 
 import cifar
 import client
 import server
 from federation import launch, weights
+from federation.certificates import make_authority, make_client, make_server
 from federation.checkpoint import save_checkpoint
 from federation.config import Config, checked
 from federation.folder import own
+from federation.network import free_port
 from tests.conftest import ROOT, Terminals
 
 Command = Callable[..., tuple[int, str]]
@@ -107,6 +112,8 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
         (["--simulate", "2", "--clients", "0"], ["--clients"]),
         (["--simulate", "2", "--address", "127.0.0.1:8080"], ["--simulate", "--address"]),
+        (["--address", "0.0.0.0:8080"], ["--address 0.0.0.0:8080", "--tls DIR", "--insecure"]),
+        (["--address", "[::]:8080"], ["--address [::]:8080", "--tls DIR", "--insecure"]),
         (["--colour", "red"], ["--colour"]),
     ],
     ids=lambda value: " ".join(value),
@@ -128,25 +135,147 @@ def test_a_bad_address_is_refused(command: Command, name: str, option: str, addr
     check(command(name, option, address), 2, name, option, repr(address), "HOST:PORT")
 
 
+# --------------------------------------------------------------------------------------------- keys and certificates
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """Make a server's folder, and in it the one of a client, for --tls."""
+    folder = tmp_path / "keys"
+    make_authority(folder)
+    make_server(folder, ["localhost"])
+    make_client(folder, "berlin")
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("arguments", "named"),
     [
-        ("127.0.0.1:8080", ("127.0.0.1", 8080)),
-        ("localhost:1", ("localhost", 1)),
-        ("flower.example.org:65535", ("flower.example.org", 65535)),
-        ("0.0.0.0:8080", ("0.0.0.0", 8080)),
-        ("[::1]:8080", ("::1", 8080)),
-        ("[::]:8080", ("::", 8080)),
-        ("[fe80::1%eth0]:8080", ("fe80::1%eth0", 8080)),
+        (["--insecure"], ["--insecure", "--tls", "exclude"]),
+        (["--simulate", "2"], ["--simulate", "--tls"]),
     ],
+    ids=["insecure", "simulate"],
 )
-def test_a_good_address_is_split(text: str, expected: tuple[str, int]) -> None:
-    assert launch.address(text) == expected
+def test_options_that_exclude_tls_are_refused(
+    command: Command, keys: Path, arguments: list[str], named: list[str]
+) -> None:
+    check(command("server.py", "--tls", str(keys), *arguments), 2, "server.py", *named)
 
 
-def test_an_address_is_refused_with_an_example() -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=r"'here' is not HOST:PORT, such as 127\.0\.0\.1:8080"):
-        launch.address("here")
+def expired(keys: Path) -> None:
+    make_server(keys, ["localhost"], days=-1)
+
+
+def of_another_certificate(keys: Path) -> None:
+    private = (keys / "server.key").read_bytes()
+    make_server(keys, ["localhost"])
+    (keys / "server.key").write_bytes(private)
+
+
+def damaged(name: str) -> Callable[[Path], object]:
+    return lambda keys: (keys / name).write_bytes((keys / name).read_bytes()[:-200])
+
+
+def missing(name: str) -> Callable[[Path], object]:
+    return lambda keys: (keys / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (shutil.rmtree, ["ca.crt", "No such file"]),
+        (missing("ca.crt"), ["ca.crt", "No such file"]),
+        (damaged("ca.crt"), ["ca.crt", "no certificate"]),
+        (missing("server.crt"), ["server.crt", "No such file"]),
+        (missing("server.key"), ["server.key", "No such file"]),
+        (damaged("server.crt"), ["server.crt", "PEM"]),
+        (damaged("server.key"), ["server.key", "PEM"]),
+        (of_another_certificate, ["server.key", "KEY_VALUES_MISMATCH"]),
+        (expired, ["server.crt", "expired on 20"]),
+    ],
+    ids=["no folder", "no ca.crt", "damaged ca.crt", "no server.crt", "no server.key", "damaged server.crt",
+         "damaged server.key", "another key", "expired"],
+)  # fmt: skip
+def test_server_names_what_is_wrong_with_its_certificate(
+    command: Command, keys: Path, spoil: Callable[[Path], object], named: list[str], tmp_path: Path
+) -> None:
+    spoil(keys)
+    outcome = command("server.py", "--address", "0.0.0.0:8080", "--tls", "keys")
+    check(outcome, 2, "server.py", "argument --tls", str(keys), *named)
+    assert not (tmp_path / "runs").exists()
+
+
+def rewritten(
+    private: PrivateKeyTypes | None = None, form: PrivateFormat = PrivateFormat.OpenSSH
+) -> Callable[[Path], object]:
+    """Return a function that replaces a client's key: by another one, or in another form."""
+
+    def rewrite(keys: Path) -> None:
+        path = keys / "client.key"
+        key = private or load_ssh_private_key(path.read_bytes(), None)
+        path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))
+
+    return rewrite
+
+
+def encrypted(keys: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", keys / "client.key"], check=True)
+
+
+needs_ssh_keygen = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen encrypts the key")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (shutil.rmtree, ["ca.crt", "No such file"]),
+        (missing("ca.crt"), ["ca.crt", "No such file"]),
+        (damaged("ca.crt"), ["ca.crt", "no certificate"]),
+        (damaged("client.key"), ["client.key", "OpenSSH's format"]),
+        (rewritten(form=PrivateFormat.PKCS8), ["client.key", "OpenSSH's format"]),
+        (rewritten(form=PrivateFormat.TraditionalOpenSSL), ["client.key", "OpenSSH's format"]),
+        pytest.param(encrypted, ["client.key", "password"], marks=needs_ssh_keygen),
+        (rewritten(ed25519.Ed25519PrivateKey.generate()), ["client.key", "ssh-keygen -t ecdsa -b 384"]),
+    ],
+    ids=["no folder", "no ca.crt", "damaged ca.crt", "damaged key", "PKCS8", "PEM", "encrypted", "ed25519"],
+)
+def test_client_names_what_is_wrong_with_its_key(
+    command: Command, keys: Path, spoil: Callable[[Path], object], named: list[str]
+) -> None:
+    spoil(keys / "berlin")
+    check(command("client.py", "--tls", "keys/berlin"), 2, "client.py", "argument --tls", str(keys / "berlin"), *named)
+
+
+@pytest.mark.parametrize("folder", ["keys", "keys/berlin"], ids=["the server's folder, which has no key", "its own"])
+def test_client_accepts_good_keys(command: Command, keys: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    joined: list[object] = []
+    monkeypatch.setattr(launch, "join_run", lambda *arguments: joined.append(arguments[-1]) or 0)
+    assert command("client.py", "--tls", folder)[0] == 0
+    assert joined == [keys.parent / folder]
+
+
+@pytest.mark.parametrize(
+    ("options", "address", "warned"),
+    [
+        ([], "127.0.0.1", False),
+        (["--tls", "keys"], "127.0.0.1", False),
+        (["--tls", "keys"], "0.0.0.0", False),
+        (["--insecure"], "0.0.0.0", True),
+        (["--insecure"], "127.0.0.1", False),
+    ],
+    ids=["this machine", "this machine, TLS", "TLS", "insecure", "this machine, insecure"],
+)
+def test_other_machines_may_connect_with_tls_or_after_a_warning(
+    monkeypatch: pytest.MonkeyPatch, command: Command, keys: Path, options: list[str], address: str, warned: bool
+) -> None:
+    hosted: list[tuple[object, object]] = []
+    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append((address, tls)) or 0)
+    said: list[str] = []
+    monkeypatch.setattr(server, "print", lambda text, **_: said.append(text), raising=False)
+    port = free_port()
+    assert command("server.py", "--data", "embedded", "--address", f"{address}:{port}", *options)[0] == 0
+    assert hosted == [((address, port), keys if "--tls" in options else None)]
+    assert said == [f"WARNING: {address}:{port} is open, without TLS, to all who can connect"] * warned
 
 
 # ------------------------------------------------------------------------------------------- the server's surroundings
@@ -191,7 +320,7 @@ def test_server_names_a_port_that_is_taken(command: Command, port: int) -> None:
 
 
 def test_server_names_an_address_that_is_not_its_own(command: Command) -> None:
-    outcome = command("server.py", "--data", "embedded", "--address", "192.0.2.1:8080")
+    outcome = command("server.py", "--data", "embedded", "--address", "192.0.2.1:8080", "--insecure")
     check(outcome, 1, "server.py", "192.0.2.1:8080", "--address")
 
 
@@ -208,31 +337,6 @@ def test_a_port_that_is_taken_leaves_the_results_of_its_owner_alone(
     metrics.write_text('{"status": "running"}')
     check(command("server.py", "--data", "embedded", "--address", f"127.0.0.1:{port}"), 1, "server.py", str(port))
     assert metrics.read_text() == '{"status": "running"}', "the server that holds the port is still running"
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", True),
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", False),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", False),
-        (b"", False),
-    ],
-    ids=["a server", "another web server", "no web server", "hangs up"],
-)
-def test_only_a_server_is_taken_for_one(answer: bytes, expected: bool) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1000)
-                connection.sendall(answer)
-
-        thread = Thread(target=serve)
-        thread.start()
-        assert launch.is_up(*listener.getsockname()) is expected
-        thread.join()
 
 
 # ---------------------------------------------------------------------------------------------------- a run to resume
@@ -275,8 +379,8 @@ def test_a_run_is_not_resumed_with_another_config(
 
 def test_a_run_is_resumed_with_its_own_config(command: Command, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hosted: list[Config] = []
-    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated: hosted.append(config) or 0)
-    assert command("server.py", "--resume", "--rounds", "5", "--address", f"127.0.0.1:{launch.free_port()}")[0] == 0
+    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
+    assert command("server.py", "--resume", "--rounds", "5", "--address", f"127.0.0.1:{free_port()}")[0] == 0
     (config,) = hosted
     own = {"data": cifar.EMBEDDED, "out": str(begun), "learning-rate": 0.01, "seed": 7}
     assert config == checked(own) | {"num-server-rounds": 5, "resume": True}
@@ -286,7 +390,7 @@ def test_a_run_that_has_moved_is_resumed_where_it_is(
     command: Command, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosted: list[Config] = []
-    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated: hosted.append(config) or 0)
+    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -306,7 +410,7 @@ def test_a_damaged_checkpoint_is_named(command: Command, begun: Path) -> None:
 @pytest.mark.parametrize("option", [[], ["--resume"]], ids=["anew", "resumed"])
 def test_a_run_folder_that_another_run_writes_to_is_refused(command: Command, begun: Path, option: list[str]) -> None:
     (begun / "metrics.json").write_text('{"status": "running"}')
-    arguments = ["--data", "embedded", "--address", f"127.0.0.1:{launch.free_port()}", *option]
+    arguments = ["--data", "embedded", "--address", f"127.0.0.1:{free_port()}", *option]
     with own(begun):
         before = {path: path.read_bytes() for path in begun.iterdir()}
         check(command("server.py", *arguments), 1, "server.py", f"another run is writing to {begun}", "--out")
@@ -371,7 +475,7 @@ def test_nothing_to_resume_ends_the_servers_process_with_status_2(terminals: Ter
 
 
 def test_a_client_gives_up_when_there_is_no_server(terminals: Terminals) -> None:
-    address = f"127.0.0.1:{launch.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     status, text = terminals.run("client.py", "--server", address, "--wait", "1")
     first, last = text.splitlines()
     assert first == f"waiting for a server at {address} (up to 1 s)"
