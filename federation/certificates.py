@@ -42,8 +42,8 @@ def make_authority(folder: Path, days: int = DAYS) -> None:
         .sign(key, hashes.SHA384())
     )
     _write_key(folder / "ca.key", key, PRIVATE.PKCS8)
-    _write(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
     _write(folder / "clients" / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
+    _write(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def make_server(folder: Path, names: list[str], days: int = DAYS) -> None:
@@ -69,9 +69,9 @@ def make_client(folder: Path, name: str) -> None:
     """Make `NAME/client.key`, and register its public key as `clients/NAME.pub`. Flower wants OpenSSH's format."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write_key(folder / name / "client.key", key, PRIVATE.OpenSSH)
     _write(folder / name / "ca.crt", (folder / "clients" / "ca.crt").read_bytes())
     _write(folder / "clients" / f"{name}.pub", public + f" {name}\n".encode())
+    _write_key(folder / name / "client.key", key, PRIVATE.OpenSSH)  # last: with it, the client counts as made
 
 
 def _certificate(
@@ -174,7 +174,7 @@ def expiry(certificate: Path) -> datetime:
 
 
 def _client_name(text: str) -> str:
-    if not re.fullmatch(r"[\w-][\w.-]*", text) or text == "clients":
+    if not re.fullmatch(r"\w[\w.-]*", text) or text == "clients":
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a client: letters, digits, - and _ are")
     return text
 
@@ -194,10 +194,11 @@ def command() -> int:
     folder: Path = args.folder
     if args.days < 1:
         parser.error(f"--days {args.days}: 1 or more is needed")
-    if args.server and not (folder / "ca.crt").exists():
+    missing = [path for path in (folder / "ca.crt", folder / "ca.key") if not path.exists()]
+    if args.server and len(missing) == 1:
+        parser.error(f"a server's certificate is signed with ca.crt and ca.key, and {missing[0]} is not there")
+    if args.server and missing:
         make_authority(folder, args.days)
-    if args.server and not (folder / "ca.key").exists():
-        parser.error(f"a server's certificate is signed with {folder / 'ca.key'}, which is not there")
     if args.server:
         make_server(folder, list(dict.fromkeys([*args.server, *LOCAL])), args.days)
         print(f"server: --tls {folder}, until {expiry(folder / 'server.crt'):%Y-%m-%d}")
