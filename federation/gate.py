@@ -15,12 +15,13 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 MOST = 64 * 2**20  # bytes of a request; Flower sends models in pieces of 5 MiB
-OWN = {"host", "connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "date", "server"}  # per hop
+OWN = {"connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}  # for one hop
+OWN |= {"host", "date", "server"}
 
 
 class TooLargeError(Exception):
@@ -30,18 +31,24 @@ class TooLargeError(Exception):
 def gate(superlink: str, ca: Path | None = None) -> Starlette:
     """Return an app that passes the calls of clients on to the SuperLink at that URL."""
     verify = ssl.create_default_context(cafile=ca) if ca else False
-    client = httpx.AsyncClient(base_url=superlink, verify=verify, timeout=None, trust_env=False)
+    limits = httpx.Limits(max_connections=None)  # or 100 that never finish their request would keep out all others
+    client = httpx.AsyncClient(base_url=superlink, verify=verify, timeout=None, trust_env=False, limits=limits)
+    client.headers.clear()  # it would ask for compressed answers, whatever the caller can read
 
     async def pass_on(request: Request) -> Response:
-        if not re.fullmatch("[a-z-]+", request.path_params.get("call", "health")):
+        call = request.path_params.get("call")
+        if call is not None and not re.fullmatch("[a-z-]+", call):
             return PlainTextResponse("no such call", 404)
+        path = f"/v1/fleet/{call}" if call else "/health"  # not from request.url, which the Host header is a part of
         question = client.build_request(
-            request.method, request.url.path, headers=_without(request.headers.raw), content=_limited(request)
+            request.method, path, headers=_without(request.headers.raw), content=_limited(request)
         )
         try:
             answer = await client.send(question, stream=True)
         except TooLargeError:
             return PlainTextResponse("too large", 413)
+        except ClientDisconnect:
+            return PlainTextResponse("incomplete", 400)  # nobody reads that
         except httpx.TransportError:
             return PlainTextResponse("the SuperLink does not answer", 502)
         response = StreamingResponse(answer.aiter_raw(), answer.status_code, background=BackgroundTask(answer.aclose))
@@ -49,7 +56,9 @@ def gate(superlink: str, ca: Path | None = None) -> Starlette:
         return response
 
     calls = [Route("/health", pass_on, methods=["GET"]), Route("/v1/fleet/{call}", pass_on, methods=["POST"])]
-    return Starlette(routes=calls)
+    app = Starlette(routes=calls)
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _limited(request: Request) -> AsyncIterator[bytes]:
@@ -62,7 +71,9 @@ async def _limited(request: Request) -> AsyncIterator[bytes]:
 
 
 def _without(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    return [(name, value) for name, value in headers if name.decode("latin-1").lower() not in OWN]
+    named = b",".join(value for name, value in headers if name.lower() == b"connection").decode("latin-1").lower()
+    own = OWN.union(name.strip() for name in named.split(","))
+    return [(name, value) for name, value in headers if name.decode("latin-1").lower() not in own]
 
 
 def main() -> None:
