@@ -63,12 +63,15 @@ def check_free(address: Address) -> None:
         raise LaunchError(f"cannot listen on {shown(address)}: {error.strerror}; choose another --address") from None
 
 
-def is_up(server: Address, ca: Path | None = None, timeout: float = 2) -> bool:
+def is_up(server: Address, ca: Path | None = None, timeout: float = 2, any_name: bool = False) -> bool:
     """Tell whether a server answers there, over TLS if `ca` is given, the certificates of the authorities to trust.
 
-    Raises LaunchError where it is for TLS, or the lack of it, that it does not.
+    With `any_name`, its certificate need not be good for the name by which it is reached here. Raises LaunchError where
+    it is for TLS, or the lack of it, that no server answers.
     """
-    secure = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca))
+    context = ssl.create_default_context(cafile=ca)
+    context.check_hostname = not any_name
+    secure = urllib.request.HTTPSHandler(context=context)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), secure)
     try:
         with opener.open(f"http{'s' * bool(ca)}://{shown(server)}/health", timeout=timeout) as response:
