@@ -21,12 +21,13 @@ class Register:
 
     def update(self) -> None:
         """Register what has come into the folder, and remove what has left it."""
-        keys = {" ".join(path.read_text("utf-8").split()[:2]): path for path in sorted(self.folder.glob("*.pub"))}
+        keys = {_key(path): path for path in sorted(self.folder.glob("*.pub"))}
         new = [key for key in keys if key not in self.nodes]
         with ThreadPoolExecutor(4) as several:  # each call takes a second or two
             self.nodes |= zip(new, several.map(self.add, [keys[key] for key in new]), strict=True)
         for key in [key for key in self.nodes if key not in keys]:
-            self.remove(self.nodes.pop(key))
+            if self.remove(self.nodes[key]):  # or else it could still join: the next look tries again
+                del self.nodes[key]
 
     def show(self) -> None:
         known = sum(node != 0 for node in self.nodes.values())
@@ -42,14 +43,18 @@ class Register:
                 self.show()
 
     def add(self, path: Path) -> int:
-        result = self.flwr("register", str(path))
+        try:
+            path.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            result: dict[str, Any] = {"error-message": error}
+        else:
+            result = self.flwr("register", str(path))
         if not result.get("success"):
             print(f"{path} is left out: {result.get('error-message', 'it is no public key')}", flush=True)
         return int(result.get("node-id", 0))
 
-    def remove(self, node: int) -> None:
-        if node:
-            self.flwr("unregister", str(node))
+    def remove(self, node: int) -> bool:
+        return not node or bool(self.flwr("unregister", str(node)).get("success"))
 
     def flwr(self, *command: str) -> dict[str, Any]:
         """Run `flwr supernode …` and return what it says."""
@@ -61,3 +66,11 @@ class Register:
             return dict(json.loads(result.stdout))
         except ValueError:
             return {"error-message": " ".join((result.stdout + result.stderr).split())}
+
+
+def _key(path: Path) -> str:
+    """Return what tells a public key from others, so not its comment; the path, where that cannot be read."""
+    try:
+        return " ".join(path.read_text("utf-8").split()[:2])
+    except (OSError, ValueError):
+        return str(path)
