@@ -54,7 +54,8 @@ class Register:
         return int(result.get("node-id", 0))
 
     def remove(self, node: int) -> bool:
-        return not node or bool(self.flwr("unregister", str(node)).get("success"))
+        result = self.flwr("unregister", str(node)) if node else {"success": True}
+        return bool(result.get("success")) or "Node ID not found" in str(result.get("error-message"))
 
     def flwr(self, *command: str) -> dict[str, Any]:
         """Run `flwr supernode …` and return what it says."""
