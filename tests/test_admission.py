@@ -15,6 +15,8 @@ FLWR = """#!/bin/sh
 # Registers a key ending in a number as the node of that number, as Flower does: by what the file says, not its name.
 echo "$*" >> "$CALLS"
 [ ! -e "$DOWN" ] || { echo "cannot connect" >&2; exit 1; }
+gone='{"success": false, "error-message": "Node ID not found for account."}'
+[ "$2 $3" != "unregister 404" ] || { echo "$gone"; exit 1; }
 [ "$2" != unregister ] || { echo "{\\"success\\": true, \\"node-id\\": $3}"; exit; }
 read -r kind key comment < "$3"
 case "$kind $key" in
@@ -171,6 +173,14 @@ def test_a_key_is_not_forgotten_before_it_is_removed(played: Played) -> None:
     played.down.unlink()
     assert played.update() == ["unregister 11"]
     assert played.known() == set()
+    assert played.update() == []
+
+
+def test_a_node_that_the_superlink_has_not_is_removed_once(played: Played) -> None:
+    berlin = played.put("berlin", key(404))
+    played.update()
+    berlin.unlink()
+    assert played.update() == ["unregister 404"]
     assert played.update() == []
 
 
