@@ -59,7 +59,7 @@ def test_private_keys_are_private(keys: Path) -> None:
 @contextmanager
 def expired_server(folder: Path) -> Iterator[int]:
     """Serve nothing, over TLS with a certificate that has expired; yield the port."""
-    make_server(folder, ["localhost"], days=-1)
+    make_server(folder, ["127.0.0.1"], days=-1)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(folder / "server.crt", folder / "server.key")
     listener = socket.create_server(("127.0.0.1", 0))
