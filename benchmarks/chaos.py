@@ -11,6 +11,7 @@ the yardstick. Prints accuracy, what was dropped, and the memory of server and c
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -58,6 +59,7 @@ class Chaos(InMemoryGrid):
         names = {node: {"name": f"host/{node}", "key": f"key {node}"} for node in range(1, clients + 1)}
         super().__init__(config, names)
         self.faults, self.dice = faults, random.Random(0)
+        self.ids = itertools.count(clients + 1)
         self.away: dict[int, int] = {}  # node: for how many messages
         self.peaks: list[float] = []  # memory of clients, in MiB
         self.memory: list[float] = []  # and of the server, after each message
@@ -85,7 +87,7 @@ class Chaos(InMemoryGrid):
             if self.away[node] <= 0:
                 context = self.contexts.pop(node)
                 del self.away[node]
-                new = max(self.contexts) + 1
+                new = next(self.ids)
                 self.contexts[new] = Context(1, new, context.node_config, RecordDict(), context.run_config)
 
     def work(self, message: Message, fault: str) -> Message | None:

@@ -174,12 +174,14 @@ def join_run(server: Address, wait: float, node_config: Config, threads: int | N
         while True:
             wait_for_server(server, wait, tls)
             supernode = start_supernode(ours, server, node_config | identity(name, tls), tls)
-            Thread(target=watch, args=(ours, supernode, server, tls), daemon=True).start()
+            watcher = Thread(target=watch, args=(ours, supernode, server, tls), daemon=True)
+            watcher.start()
             status = relay(supernode, ours.log)
             if status is not None:
                 with suppress(subprocess.TimeoutExpired):
                     supernode.wait(5 * status)  # lets it deliver the reason of a failure
                 return status
+            watcher.join()  # it ends all that is ours: not the next SuperNode, please
             if "SuperNode ID" in Path(log).read_text("utf-8"):
                 print(f"lost the server at {shown(server)}", flush=True)
             else:
@@ -227,8 +229,7 @@ def watch(ours: Session, supernode: "subprocess.Popen[str]", server: Address, tl
             if is_up(server, tls and tls / "ca.crt", timeout=LOST_AFTER / 2):  # a link may be slow
                 answered = time.monotonic()
         time.sleep(2)
-    if supernode.poll() is None:  # or it would be the next one that this ends
-        ours.stop()
+    ours.stop()  # what a SuperNode leaves behind holds its output open, and would be waited for in vain
 
 
 def wait_for_server(server: Address, wait: float, tls: Path | None) -> None:
