@@ -171,6 +171,7 @@ def join_run(server: Address, wait: float, node_config: Config, threads: int | N
     """
     environment = dict.fromkeys(THREADS, str(threads)) if threads else {}
     with place_on_host() as (name, log), session(log, **environment) as ours:
+        refusals = 0
         while True:
             wait_for_server(server, wait, tls)
             supernode = start_supernode(ours, server, node_config | identity(name, tls), tls)
@@ -184,8 +185,10 @@ def join_run(server: Address, wait: float, node_config: Config, threads: int | N
             watcher.join()  # it ends all that is ours: not the next SuperNode, please
             if "SuperNode ID" in Path(log).read_text("utf-8"):
                 print(f"lost the server at {shown(server)}", flush=True)
+                refusals = 0
             else:
-                refused(server, Path(log).read_text("utf-8"), ours, tls)
+                refused(server, ours, tls, again=refusals > 0)
+                refusals += 1
 
 
 def identity(name: str, tls: Path | None) -> Config:
@@ -207,18 +210,23 @@ def start_supernode(ours: Session, server: Address, node_config: Config, tls: Pa
     )  # fmt: skip
 
 
-def refused(server: Address, log: str, ours: Session, tls: Path | None) -> None:
-    """Wait if a server that knows this client takes it for connected. Raises LaunchError with the reason if not."""
-    if "could not be activated" in log:
-        print(f"the server at {shown(server)} still counts on an earlier process of this client, that was killed; "
-              f"trying again in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
-        time.sleep(FORGOTTEN_AFTER)
-    elif "401" in log or "regist" in log:
-        key = tls / "client.key" if tls and (tls / "client.key").exists() else "a client without a key"
-        raise LaunchError(f"the server at {shown(server)} does not know {key}: its public key has to be in the folder "
-                          "clients of the server")  # fmt: skip
-    else:
-        raise LaunchError(f"the server at {shown(server)} turned this client away: {ours.last_error()}")
+def refused(server: Address, ours: Session, tls: Path | None, again: bool) -> None:
+    """Wait before a second try, where a server does not take a client's key. Raises LaunchError for all else.
+
+    Flower has one answer for a key that it does not know, and for one whose client it takes for connected: as it does for
+    a minute after a kill. A client that came back within that minute would be there before the server sees it gone.
+    """
+    key = tls / "client.key" if tls and (tls / "client.key").exists() else None
+    if "Failed to activate" not in Path(ours.log.name).read_text("utf-8") or not key:
+        why = "it wants to know its clients by their keys" if tls and not key else ours.last_error()
+        raise LaunchError(f"the server at {shown(server)} turned this client away: {why}")
+    if again:
+        raise LaunchError(
+            f"the server at {shown(server)} does not know {key}: it needs the public key in its clients folder"
+        )
+    print(f"the server at {shown(server)} does not take {key}: it does not know it, or has not noticed yet that an "
+          f"earlier process of this client was killed; trying once more in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
+    time.sleep(FORGOTTEN_AFTER)
 
 
 def watch(ours: Session, supernode: "subprocess.Popen[str]", server: Address, tls: Path | None) -> None:
