@@ -19,11 +19,11 @@ from flwr.serverapp.strategy import Strategy
 from federation import certificates, launch, network, weights
 from federation.checkpoint import resumed
 from federation.config import checked, parse
-from federation.console import explained_run, reason, say
+from federation.console import explained_run, reason
 from federation.folder import run_folder
 from federation.partition import check_enough
 from federation.report import Report
-from federation.roster import Roster, seed_sampling
+from federation.roster import Roster
 from federation.strategy import check_finite, make_strategy, strategy_state
 from federation.task import build_net, find_data, load_task, read_data
 
@@ -70,7 +70,7 @@ def play_round(
     server_round: int, arrays: ArrayRecord, strategy: Strategy, clients: Roster
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     """Let clients train the global model and test the outcome; return it, and what they report."""
-    replies = trained(server_round, arrays, strategy, clients)
+    replies = clients.train(strategy, server_round, arrays)
     mean, training = strategy.aggregate_train(server_round, replies)
     assert mean is not None and training is not None
     new_arrays = weights.as_before(arrays, mean)
@@ -88,21 +88,6 @@ def play_round(
         "client_seconds": slowest(replies) + slowest(answers),
         **clients.tally(),
     }
-
-
-def trained(server_round: int, arrays: ArrayRecord, strategy: Strategy, clients: Roster) -> list[Message]:
-    """Return the replies of clients that have trained the global model; try again where too few of them are good."""
-    config = clients.config
-    for attempt in range(config["retries"] + 1):
-        clients.wait_for(config["min-clients"])
-        seed_sampling(config["seed"], server_round, attempt)
-        questions = list(strategy.configure_train(server_round, arrays, ConfigRecord(), clients.as_grid()))
-        replies = clients.ask(questions, "training")
-        needed = min(len(questions), config["min-clients"])
-        if len(replies) >= needed:
-            return replies
-        say(f"round {server_round}: {len(replies)} of {len(questions)} clients returned a good model, {needed} needed")
-    raise RuntimeError(f"round {server_round}: too few good models, even after {config['retries']} retries")
 
 
 def slowest(replies: list[Message]) -> float:
@@ -128,16 +113,9 @@ def command() -> int:
     simulate, address, tls, insecure = (args.pop(name) for name in ("simulate", "address", "tls", "insecure"))
     if simulate is not None and (address or tls or args["num-clients"] is not None):
         parser.error("--simulate N plays all clients here: it goes with none of --clients, --address and --tls")
-    if insecure and tls:
-        parser.error("--insecure and --tls exclude each other")
     address = address or ("127.0.0.1", 8080)
-    if not network.is_loopback(address[0]) and not tls:
-        if not insecure:
-            parser.error(
-                f"--address {network.shown(address)} lets other machines connect: give --tls DIR, or --insecure"
-            )
-        print(f"WARNING: {network.shown(address)} is open, without TLS, to all who can connect", flush=True)
     try:
+        network.check_exposed(address, tls is not None, insecure)
         overrides = {key: value for text in args.pop("run_config") for key, value in parse(text).items()}
         overrides |= {key: value for key, value in args.items() if value is not None}
         overrides |= {} if simulate is None else {"num-clients": simulate}

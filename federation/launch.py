@@ -213,19 +213,18 @@ def start_supernode(ours: Session, server: Address, node_config: Config, tls: Pa
 def refused(server: Address, ours: Session, tls: Path | None, again: bool) -> None:
     """Wait before a second try, where a server does not take a client's key. Raises LaunchError for all else.
 
-    Flower has one answer for a key that it does not know, and for one whose client it takes for connected: as it does for
-    a minute after a kill. A client that came back within that minute would be there before the server sees it gone.
+    Flower has one answer for a key that it does not know, and for one whose client it takes for connected: for a minute
+    after a kill, too. A client that came back within that minute would be there before the server has seen it go.
     """
     key = tls / "client.key" if tls and (tls / "client.key").exists() else None
     if "Failed to activate" not in Path(ours.log.name).read_text("utf-8") or not key:
         why = "it wants to know its clients by their keys" if tls and not key else ours.last_error()
         raise LaunchError(f"the server at {shown(server)} turned this client away: {why}")
+    unknown = f"the server at {shown(server)} does not know {key}"
     if again:
-        raise LaunchError(
-            f"the server at {shown(server)} does not know {key}: it needs the public key in its clients folder"
-        )
-    print(f"the server at {shown(server)} does not take {key}: it does not know it, or has not noticed yet that an "
-          f"earlier process of this client was killed; trying once more in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
+        raise LaunchError(f"{unknown}: its folder clients needs the public one")
+    print(f"{unknown}, or has not noticed yet that an earlier process of this client was killed; "
+          f"trying once more in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
     time.sleep(FORGOTTEN_AFTER)
 
 

@@ -48,6 +48,17 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
+def check_exposed(address: Address, tls: bool, insecure: bool) -> None:
+    """Raise ValueError where a server would talk to other machines in the clear, and nobody has insisted on it."""
+    if tls and insecure:
+        raise ValueError("--insecure and --tls exclude each other")
+    if tls or is_loopback(address[0]):
+        return
+    if not insecure:
+        raise ValueError(f"--address {shown(address)} is open to other machines: give --tls DIR, or --insecure")
+    print(f"WARNING: {shown(address)} is open, without TLS, to all who can connect", flush=True)
+
+
 def free_port() -> int:
     """Return a port that nothing on this machine listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

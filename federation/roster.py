@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from federation import partition, weights
@@ -151,6 +152,22 @@ class Roster:
         return free[0]
 
     # -------------------------------------------------------------------------------------------------- as a Grid
+
+    def train(self, strategy: Strategy, server_round: int, arrays: ArrayRecord) -> list[Message]:
+        """Return the replies of the clients that `strategy` asks to train; ask again where too few of them are good.
+
+        Raises RuntimeError after `retries`.
+        """
+        for attempt in range(self.config["retries"] + 1):
+            self.wait_for(self.config["min-clients"])
+            seed_sampling(self.config["seed"], server_round, attempt)
+            questions = list(strategy.configure_train(server_round, arrays, ConfigRecord(), self.as_grid()))
+            replies = self.ask(questions, "training")
+            needed = min(len(questions), self.config["min-clients"])
+            if len(replies) >= needed:
+                return replies
+            say(f"round {server_round}: {len(replies)} of {len(questions)} models are good, {needed} needed")
+        raise RuntimeError(f"round {server_round}: too few good models, even after {self.config['retries']} retries")
 
     def present(self) -> list[Client]:
         """Return the clients that are online, by partition."""

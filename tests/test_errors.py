@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 import cifar
 import client
 import server
-from federation import launch, weights
+from federation import launch, network, weights
 from federation.certificates import make_authority, make_client, make_server
 from federation.checkpoint import save_checkpoint
 from federation.config import Config, checked
@@ -271,7 +271,7 @@ def test_other_machines_may_connect_with_tls_or_after_a_warning(
     hosted: list[tuple[object, object]] = []
     monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append((address, tls)) or 0)
     said: list[str] = []
-    monkeypatch.setattr(server, "print", lambda text, **_: said.append(text), raising=False)
+    monkeypatch.setattr(network, "print", lambda text, **_: said.append(text), raising=False)
     port = free_port()
     assert command("server.py", "--data", "embedded", "--address", f"{address}:{port}", *options)[0] == 0
     assert hosted == [((address, port), keys if "--tls" in options else None)]

@@ -55,10 +55,9 @@ def test_interrupted_server_keeps_its_results_and_leaves_nothing(terminals: Term
     assert_all_gone(terminals)
 
 
-@pytest.mark.parametrize("moment", ["waiting for 2 clients", "client 0 joined"])
-def test_interrupted_server_before_the_first_round(terminals: Terminals, moment: str) -> None:
+def test_interrupted_server_before_the_first_round(terminals: Terminals) -> None:
     _, server, clients = start(terminals, 1)
-    server.wait_for(moment)
+    server.wait_for("waiting for 2 clients")
     server.interrupt()
     assert server.wait(10) == 130
     clients[0].process.send_signal(signal.SIGTERM)
@@ -89,27 +88,6 @@ def test_killed_client_is_left_out_and_gets_its_partition_back(terminals: Termin
     assert len(joined) == 3 and joined[2] in joined[:2], server.text
     rounds = metrics_of(terminals.folder)["rounds"]
     assert sum(row["dropped"] for row in rounds[1:]) == 1 and rounds[-1]["clients"] == 2
-    assert_all_gone(terminals)
-
-
-def test_killed_serverapp_fails_the_run(terminals: Terminals) -> None:
-    _, server, clients = start(terminals, 1)
-    server.wait_for("waiting for 2 clients")
-    for process in named(terminals.processes(), "flwr-serverapp"):
-        process.kill()
-    assert server.wait(120) == 1 and "broke off" in server.text
-    assert metrics_of(terminals.folder)["status"] == "failed"
-    clients[0].interrupt()
-    assert clients[0].wait(10) == 130
-    assert_all_gone(terminals)
-
-
-def test_killed_superlink_fails_the_run(terminals: Terminals) -> None:
-    _, server, _ = start(terminals, 0)
-    server.wait_for("waiting for 2 clients")
-    for process in named(terminals.processes(), "flower-superlink"):
-        process.kill()
-    assert server.wait(60) == 1 and "Traceback" not in server.text
     assert_all_gone(terminals)
 
 

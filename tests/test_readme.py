@@ -27,6 +27,12 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make test and make demo; the latter
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
     "python compare.py --quick",  # by test_compare
+    "docker compose up --build --scale client=4",  # by test_containers, where there is an engine
+    "docker build --target server -t flower_server . && docker build --target client -t flower_client .",
+    "docker network create federation",
+    "docker run --rm -d --name server --network federation flower_server --insecure --data embedded",
+    "docker run --rm -d --network federation flower_client --server server:8080",
+    "docker run --rm --network federation flower_client --server server:8080",
     "python compare.py --data DIR", "python benchmarks/niid_bench.py --data DIR",  # by hand: they take hours
 }  # fmt: skip
 
@@ -55,8 +61,9 @@ def test_the_cost_of_federating_is_as_stated() -> None:
 def test_the_file_tree_is_complete() -> None:
     stated = re.findall(r"^    (\w+\.py)  ", README, re.MULTILINE)
     assert sorted(stated) == sorted(path.name for path in (ROOT / "federation").glob("[!_]*.py"))
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
+            assert (page.parent / link).exists(), (page, link)
 
 
 def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
@@ -101,9 +108,11 @@ def test_more_clients_and_rounds(terminals: Terminals, checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_own_images_on_several_machines(terminals: Terminals, checkout: Path) -> None:
-    server = terminals.shell("python server.py --address 0.0.0.0:8080 --data DIR", checkout)
-    command = "python client.py --server HOST:8080 --data DIR".replace("HOST", "localhost")
-    clients = [terminals.shell(command, checkout) for _ in range(2)]
+    make = "python -m federation.certificates keys --server HOST --client berlin paris"
+    assert terminals.shell(make.replace("HOST", "localhost"), checkout).wait() == 0
+    server = terminals.shell("python server.py --address 0.0.0.0:8080 --tls keys --data DIR", checkout)
+    command = "python client.py --server HOST:8080 --tls keys/berlin --data DIR".replace("HOST", "localhost")
+    clients = [terminals.shell(command.replace("berlin", name), checkout) for name in ("berlin", "paris")]
     assert server.wait(400) == 0, server.text
     assert [client.wait(30) for client in clients] == [0, 0]
     assert metrics(checkout / "runs" / "federated")["dataset"] == {

@@ -243,7 +243,7 @@ def test_a_run_without_any_good_model_fails_and_can_be_resumed(
     assert said == f"round 2: too few good models, even after {retries} retries"
     assert trouble.seen["train", 2] == 1 + 1 + retries
     out = capsys.readouterr().out
-    assert out.count("round 2: 0 of 3 clients returned a good model, 1 needed") == 1 + retries
+    assert out.count("round 2: 0 of 3 models are good, 1 needed") == 1 + retries
     assert out.endswith(f'federation: the run failed: {said}\n{console.CONTROL}{{"end": 1}}\n')
     assert metrics_of(tmp_path)["status"] == "failed" and len(metrics_of(tmp_path)["rounds"]) == 2
     assert checkpoints(tmp_path) == [tmp_path / f"checkpoint-{number}.npz" for number in (0, 1)]
