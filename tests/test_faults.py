@@ -3,13 +3,17 @@
 import contextlib
 import json
 import signal
+import socket
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
 import pytest
 
 from tests.conftest import Terminal, Terminals, eventually
+from tests.test_ladder_itself import CAREFUL
 from tests.test_terminals import free_port
 
 pytestmark = pytest.mark.slow
@@ -163,4 +167,43 @@ def test_killed_simulation_leaves_nothing(terminals: Terminals) -> None:
     server.wait_for("client 1 joined")
     server.process.kill()
     server.wait(10)
+    assert_all_gone(terminals)
+
+
+class SlowLink:
+    """A line between client and server on which everything takes `delay` seconds longer, both ways."""
+
+    def __init__(self, port: int, delay: float) -> None:
+        self.port, self.delay = port, delay
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                with contextlib.suppress(OSError):
+                    far = socket.create_connection(("127.0.0.1", self.port))
+                    for ends in ((near, far), (far, near)):
+                        Thread(target=self.carry, args=ends, daemon=True).start()
+
+    def carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError), source, target:
+            while content := source.recv(2**20):
+                time.sleep(self.delay)  # the very thing: no condition to wait for
+                target.sendall(content)
+
+
+def test_a_slow_link_is_no_dead_client(terminals: Terminals) -> None:
+    (terminals.folder / "careful.py").write_text(CAREFUL)
+    port = free_port()
+    server = terminals.open(
+        "server.py", "--address", f"127.0.0.1:{port}", "--clients", "1", "--rounds", "1", "--task", "careful"
+    )
+    server.wait_for("waiting for 1 clients")
+    client = terminals.open("client.py", "--server", SlowLink(port, 1.5).address)
+    assert server.wait(400) == 0 and client.wait(60) == 0, client.text
+    assert "lost the server" not in client.text and "left out" not in server.text
+    assert metrics_of(terminals.folder)["rounds"][1]["dropped"] == 0
     assert_all_gone(terminals)
