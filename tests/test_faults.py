@@ -80,7 +80,7 @@ def test_killed_launchers_leave_nothing(terminals: Terminals) -> None:
 
 
 def test_killed_client_is_left_out_and_gets_its_partition_back(terminals: Terminals) -> None:
-    address, server, clients = start(terminals, 2, "--rounds", "5")
+    address, server, clients = start(terminals, 2, "--rounds", "3")
     server.wait_for("client 1 joined")
     first = next(client for client in clients if "/1" not in client.text)
     clients[1].process.kill()
