@@ -20,6 +20,7 @@ from federation.strategy import check_reply
 from federation.task import data_digest, load_task, source_digest
 
 POLL = 0.5  # seconds between two looks for replies: more looks take time from clients on the same machine
+PATIENCE = 120  # seconds for which a round waits for somebody to finish joining: who takes longer joins a later one
 PRESENCE = 2.0  # seconds between two looks at who is still there
 FACTS = {  # what a client says of itself, by type
     "name": str, "key": str, "partition-id": int, "num-partitions": int, "flwr": str, "task": str, "data": str,
@@ -49,6 +50,7 @@ class Roster:
         self.deal(config["num-clients"])
         self.clients: dict[int, Client] = {}  # by node
         self.joining: dict[str, int] = {}  # message id: node
+        self.patient_until = 0.0
         self.met: set[int] = set()
         self.places: dict[str, int] = {}  # which client, by key, has or had which partition
         self.dropped = self.bytes_down = self.bytes_up = 0
@@ -66,7 +68,7 @@ class Roster:
         self.greet()
         if len(self.present()) < count:
             say(f"waiting for {count} clients, {len(self.present())} here")
-        while len(self.present()) < count or self.joining:
+        while len(self.present()) < count or (self.joining and time.monotonic() < self.patient_until):
             time.sleep(POLL)
             self.greet()
 
@@ -76,6 +78,7 @@ class Roster:
         strangers = online - self.met  # or those that have been away: a key's node comes back under its old id
         self.met = online
         if strangers:
+            self.patient_until = time.monotonic() + PATIENCE
             hello = RecordDict({"client": ConfigRecord({"data": self.root})})
             asked = zip(self.send(hello, "join", strangers), strangers, strict=True)
             self.joining |= {message: node for message, node in asked if message}  # no id: it has gone already

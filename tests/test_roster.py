@@ -370,6 +370,19 @@ def test_does_not_count_a_client_that_has_gone(clock: Clock) -> None:
     assert set(ours.get_node_ids()) == {2, 3}
 
 
+def test_who_takes_too_long_to_join_holds_nobody_up_for_ever(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "PATIENCE", 30)
+    slow = FakeClient(2, "b/0", joins_after=45)
+    ours, _ = federation(clock, FakeClient(1, "a/0"), slow, count=1)
+    ours.wait_for(1)
+    assert 30 <= clock.now < 31 and [client.node for client in ours.present()] == [1]
+    ours.wait_for(1)
+    assert clock.now < 31, "nor does the next round wait for it again"
+    clock.sleep(15)
+    ours.wait_for(1)
+    assert [client.node for client in ours.present()] == [1, 2]
+
+
 def test_does_not_wait_for_a_node_that_goes_before_it_has_joined(clock: Clock) -> None:
     ours, grid = federation(clock, FakeClient(1, "a/0"), FakeClient(2, "b/0", joins_after=math.inf), count=1)
     clock.at(5, lambda: grid.online.pop(2))
