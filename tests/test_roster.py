@@ -373,7 +373,7 @@ def test_does_not_count_a_client_that_has_gone(clock: Clock) -> None:
 def test_who_takes_too_long_to_join_holds_nobody_up_for_ever(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roster, "PATIENCE", 30)
     slow = FakeClient(2, "b/0", joins_after=45)
-    ours, _ = federation(clock, FakeClient(1, "a/0"), slow, count=1)
+    ours, _ = federation(clock, FakeClient(1, "a/0"), slow, count=2)
     ours.wait_for(1)
     assert 30 <= clock.now < 31 and [client.node for client in ours.present()] == [1]
     ours.wait_for(1)
