@@ -127,7 +127,9 @@ def test_something_else_listens_there(terminals: Terminals) -> None:
 
 def test_ipv6(terminals: Terminals) -> None:
     address = f"[::1]:{free_port()}"
-    server = terminals.open("server.py", "--address", address, "--rounds", "1", "--clients", "1", *EMBEDDED)
+    server = terminals.open(
+        "server.py", "--address", address, "--rounds", "1", "--clients", "1", "--run-config", "retries=1", *EMBEDDED
+    )
     client = terminals.open("client.py", "--server", address, "--threads", "1")
     assert server.wait() == 0, server.text
     assert client.wait(30) == 0, client.text
@@ -142,13 +144,13 @@ def test_failing_task_fails_the_run_everywhere(terminals: Terminals) -> None:
     )
     address = f"127.0.0.1:{free_port()}"
     to = {"PYTHONPATH": str(terminals.folder)}
-    options = ("--task", "faulty", "--rounds", "1", "--clients", "1", *EMBEDDED)
+    options = ("--task", "faulty", "--rounds", "1", "--clients", "1", "--run-config", "retries=1", *EMBEDDED)
     server = terminals.open("server.py", "--address", address, *options, **to)
     client = terminals.open("client.py", "--server", address, **to)
     assert server.wait() == 1 and client.wait(30) == 1
     for text in (server.text, client.text):
         assert "the fault of this task" in text and "Traceback" not in text
-    assert "no client returned a model" in server.text
+    assert "too few good models, even after 1 retries" in server.text
     assert metrics_of(terminals.folder)["status"] == "failed"
     assert_all_gone(terminals)
 
