@@ -142,7 +142,7 @@ def client_folder(text: str) -> Path:
     """Return the folder that a client's --tls names. Raises ArgumentTypeError where nobody could join with it."""
     folder = Path(text).expanduser().absolute()
     _check_authority(folder)
-    if (path := folder / "client.key").exists():
+    if path := client_key(folder):
         try:
             key = serialization.load_ssh_private_key(path.read_bytes(), None)
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
@@ -157,6 +157,11 @@ def _check_authority(folder: Path) -> None:
         ssl.create_default_context(cafile=folder / "ca.crt")
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{folder}/ca.crt is no certificate of an authority: {error}") from None
+
+
+def client_key(folder: Path | None) -> Path | None:
+    """Return the key in the folder that a client's --tls names, if it has one."""
+    return folder / "client.key" if folder and (folder / "client.key").exists() else None
 
 
 def fingerprint(key: Path) -> str:

@@ -193,8 +193,8 @@ def join_run(server: Address, wait: float, node_config: Config, threads: int | N
 
 def identity(name: str, tls: Path | None) -> Config:
     """Return a client's name, and what tells it from all others: its key, or else its place and its machine."""
-    known = certificates.fingerprint(tls / "client.key") if tls and (tls / "client.key").exists() else ""
-    return {"name": name, "key": known or f"{name} {uuid.getnode():x}"}
+    key = certificates.client_key(tls)
+    return {"name": name, "key": certificates.fingerprint(key) if key else f"{name} {uuid.getnode():x}"}
 
 
 def start_supernode(ours: Session, server: Address, node_config: Config, tls: Path | None) -> "subprocess.Popen[str]":
@@ -202,8 +202,8 @@ def start_supernode(ours: Session, server: Address, node_config: Config, tls: Pa
     ours.log.truncate()
     settings = " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in node_config.items())
     security = ["--root-certificates", str(tls / "ca.crt")] if tls else ["--insecure"]
-    if tls and (tls / "client.key").exists():
-        security += ["--auth-supernode-private-key", str(tls / "client.key")]
+    if key := certificates.client_key(tls):
+        security += ["--auth-supernode-private-key", str(key)]
     return ours.start(
         "flower-supernode", *security, "--superlink", shown(server),
         "--port", str(free_port()), "--node-config", settings,
@@ -216,7 +216,7 @@ def refused(server: Address, ours: Session, tls: Path | None, again: bool) -> No
     Flower has one answer for a key that it does not know, and for one whose client it takes for connected: for a minute
     after a kill, too. A client that came back within that minute would be there before the server has seen it go.
     """
-    key = tls / "client.key" if tls and (tls / "client.key").exists() else None
+    key = certificates.client_key(tls)
     if "Failed to activate" not in Path(ours.log.name).read_text("utf-8") or not key:
         why = "it wants to know its clients by their keys" if tls and not key else ours.last_error()
         raise LaunchError(f"the server at {shown(server)} turned this client away: {why}")

@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity  # without one, no Message can be made outside of a run
 from numpy.typing import NDArray
 
 import server
@@ -33,6 +32,7 @@ from tests.in_memory import InMemoryGrid, another_process
 
 Rows = NDArray[np.int64]
 
+pytestmark = pytest.mark.usefixtures("in_a_run")
 SAMPLES = 400, 120  # for training and testing: enough for ten unequal clients, and few enough for a second a test
 SEED = 7  # no default of anything, so that a seed which is lost on the way shows
 BATCH = 32
@@ -128,13 +128,6 @@ def few(split: Any, most: int) -> Any:
     x, y = split
     rows = np.sort(np.random.default_rng(0).permutation(len(y))[:most])
     return x[rows], y[rows]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_a_run() -> Iterator[None]:
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    yield
-    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
 
 
 @contextmanager

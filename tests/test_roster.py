@@ -1,7 +1,7 @@
 """Who takes part, and in what order: the Roster on a Grid in memory, by a clock that costs no time."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
@@ -13,7 +13,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from flwr.supercore.task_identity import TaskIdentity  # without one, no Message can be made outside of a run
 
 import cifar
 import client as client_app
@@ -140,12 +139,10 @@ class FakeGrid(Grid):
 
 
 @pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch, in_a_run: None) -> Clock:
     ours = Clock()
     monkeypatch.setattr(roster, "time", ours)
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    yield ours
-    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
+    return ours
 
 
 def federation(clock: Clock, *clients: FakeClient, count: int = 2, **config: Any) -> tuple[Roster, FakeGrid]:

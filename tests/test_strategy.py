@@ -1,7 +1,7 @@
 """The guard in front of the aggregation lets nothing through that would spoil it, and strategies keep their state."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity  # without one, no Message can be made outside of a run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
@@ -20,6 +19,7 @@ from federation.config import checked
 from federation.strategy import check_reply, make_strategy, strategy_state
 from federation.weights import as_before, encoded, sha256
 
+pytestmark = pytest.mark.usefixtures("in_a_run")
 Weights = dict[str, NDArray[Any]]
 Change = Callable[[RecordDict], object]
 
@@ -28,13 +28,6 @@ SAMPLES = {"train": 20, "test": 12}
 MODEL: Weights = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3), "half": np.ones(2, "bfloat16"), "steps": np.array(7),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_a_run() -> Iterator[None]:
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
-    yield
-    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
 
 
 def record(weights: Weights) -> ArrayRecord:

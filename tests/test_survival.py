@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity  # without one, no Message can be made outside of a run
 
 import server
 from federation import console, picture, roster, weights
@@ -82,18 +81,16 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let the task be found, and make each Message as if in a run."""
+def tiny(tmp_path_factory: pytest.TempPathFactory, in_a_run: None) -> Iterator[None]:
+    """Let the task be found."""
     folder = tmp_path_factory.mktemp("task")
     (folder / "tiny_task.py").write_text(TINY)
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setenv("OMP_NUM_THREADS", "1")
         for drawing in ("curves", "partitions"):  # they would take longer than all of the training
             patch.setattr(picture, drawing, lambda metrics, path: path.touch())
         yield
-    TaskIdentity._run_id = TaskIdentity._node_id = TaskIdentity._task_id = None
 
 
 @pytest.fixture(scope="module")
