@@ -102,7 +102,7 @@ def _unstack(record: Any, count: int) -> list[Any]:
 
 def _split(array: Array) -> list[Array]:
     count, *shape = array.shape
-    size = len(array.data) // count
+    size = len(array.data) // max(1, count)
     if size * count != len(array.data) or not array.stype.startswith(JOINED):
         raise ValueError(f"damaged bundle of messages: {len(array.data)} bytes for {count} arrays")
     stype, data = array.stype.removeprefix(JOINED), memoryview(array.data)
