@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 
 from federation.config import Config
 from federation.console import reason
-from federation.weights import check_alike
+from federation.weights import check_compatible, stored_dtype
 
 NUMBERS = {  # what a reply has to report, by the type of its question
     MessageType.TRAIN: {"num-examples", "train-loss", "seconds"},
@@ -90,7 +90,7 @@ def _check_numbers(found: dict[str, Any], expected: set[str]) -> None:
 
 def _check_model(arrays: ArrayRecord, question: Message) -> None:
     expected = question.content.array_records["arrays"]
-    check_alike(arrays, expected)
+    check_compatible(arrays, expected)
     if list(arrays) != list(expected):  # that of the first reply would become the global model's, and change its digest
         raise ValueError(f"its arrays come in the order {list(arrays)}, not {list(expected)}")
     for name, array in arrays.items():
@@ -99,8 +99,8 @@ def _check_model(arrays: ArrayRecord, question: Message) -> None:
             found = values.shape, values.dtype  # an archive of arrays has neither
         except Exception as error:  # whatever the bytes of a stranger bring about
             raise ValueError(f"{name} cannot be read: {reason(error)}") from None
-        ours = expected[name].numpy()
-        if found != (ours.shape, ours.dtype):
-            raise ValueError(f"{name} holds {values.dtype} of shape {values.shape}, not {ours.dtype} of {ours.shape}")
+        ours = tuple(expected[name].shape), stored_dtype(expected[name].dtype)
+        if found != ours:
+            raise ValueError(f"{name} holds {values.dtype} of shape {values.shape}, not {ours[1]} of {ours[0]}")
         if values.dtype.kind in "fc" and not np.isfinite(values).all():
             raise ValueError(f"{name} is not finite: {np.count_nonzero(~np.isfinite(values))} of {values.size} values")

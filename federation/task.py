@@ -120,6 +120,7 @@ def build_net(task: ModuleType, seed: int) -> Any:
         raise ValueError(f"{task.__name__}.Net() failed: {reason(error)}") from None
 
 
+@functools.cache
 def _takes_seed(net: Any) -> bool:
     """Tell whether Net takes a seed: as a function, or as a class, whose metaclass may hide what __init__ takes."""
     return any("seed" in inspect.signature(function).parameters for function in (net, net.__init__))
@@ -132,7 +133,7 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed) if torch.accelerator.is_available() else torch.default_generator.manual_seed(seed)
 
 
 def client_seed(seed: int, partition: int, first_epoch: int) -> int:

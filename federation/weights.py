@@ -131,28 +131,44 @@ def from_net(net: Any) -> ArrayRecord:
 
 def to_net(arrays: ArrayRecord, net: Any) -> None:
     """Copy `arrays` into `net`. Raises ValueError where a name, a shape or a dtype does not fit."""
-    check_alike(arrays, from_net(net))
-    framework(net).write(net, {name: array.numpy() for name, array in arrays.items()})
+    ours = framework(net)
+    held = {name: (str(value.dtype), value.shape) for name, value in ours.read(net).items()}
+    _compare(_layout(arrays), held)
+    ours.write(net, {name: array.numpy() for name, array in arrays.items()})
 
 
-def check_alike(found: ArrayRecord, expected: ArrayRecord) -> None:
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape of each entry, by name
+
+
+def check_compatible(found: ArrayRecord, expected: ArrayRecord) -> None:
     """Raise ValueError unless both have entries of the same names, shapes and dtypes."""
+    _compare(_layout(found), _layout(expected))
+
+
+def _layout(arrays: ArrayRecord) -> Layout:
+    return {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+
+
+def _compare(found: Layout, expected: Layout) -> None:
     for name in [*expected, *found]:
-        sent, ours = (_facts(arrays.get(name)) for arrays in (found, expected))
-        if sent != ours:
+        if found.get(name) != expected.get(name):
+            sent, ours = _shown(found.get(name)), _shown(expected.get(name))
             raise ValueError(f"{name} does not fit: what was sent has {sent}, the model {ours}")
 
 
-def _facts(array: Array | None) -> str:
-    return f"{array.dtype} of shape {tuple(array.shape)}" if array else "nothing of that name"
+def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
+    return f"{entry[0]} of shape {entry[1]}" if entry else "nothing of that name"
 
 
 def encoded(values: NDArray[Any]) -> Array:
     """Return `values` as an Array that any strategy can average."""
-    if values.dtype.isbuiltin != 2:  # 2 is for the types that a package has added
-        return Array(values)
-    plain = Array(values.astype(np.float32))
-    return Array(str(values.dtype), plain.shape, plain.stype, plain.data)
+    stored = Array(values.astype(stored_dtype(values.dtype), copy=False))
+    return Array(str(values.dtype), stored.shape, stored.stype, stored.data)
+
+
+def stored_dtype(dtype: Any) -> np.dtype[Any]:
+    """Return the dtype in which values of a dtype travel: float32 for those that a package has added to NumPy."""
+    return np.dtype(np.float32) if np.dtype(dtype).isbuiltin == 2 else np.dtype(dtype)
 
 
 def decoded(array: Array) -> NDArray[Any]:

@@ -649,11 +649,11 @@ def test_weights_that_do_not_fit_are_refused_by_every_framework(kit: Kit, sent: 
 def test_records_are_alike_whatever_their_values_and_their_order() -> None:
     one = ArrayRecord({"a": Array(np.ones(2)), "b": Array(np.ones((0, 3), np.int32))})
     other = ArrayRecord({"b": Array(np.ones((0, 3), np.int32)), "a": Array(np.zeros(2))})
-    weights.check_alike(one, other)
+    weights.check_compatible(one, other)
     with pytest.raises(ValueError, match=r"^b .* nothing of that name, the model int32 of shape \(0, 3\)$"):
-        weights.check_alike(ArrayRecord({"a": Array(np.ones(2))}), one)
+        weights.check_compatible(ArrayRecord({"a": Array(np.ones(2))}), one)
     with pytest.raises(ValueError, match=r"^b .* has int32 of shape \(0, 3\), the model nothing of that name$"):
-        weights.check_alike(one, ArrayRecord({"a": Array(np.ones(2))}))
+        weights.check_compatible(one, ArrayRecord({"a": Array(np.ones(2))}))
 
 
 # --------------------------------------------------------------------------------------------------------- the digest
