@@ -17,12 +17,13 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federation import certificates, launch, network, weights
+from federation import certificates, hide_tensorflow, launch, network, weights
 from federation.config import checked
 from federation.console import explained, say, tell
 from federation.task import build_net, client_seed, data_digest, load_task, read_data, source_digest
 
 app = ClientApp()
+hide_tensorflow.from_workers()  # from those of a simulation: here, because Flower imports this file before it starts them
 
 
 @app.train()
