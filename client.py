@@ -23,7 +23,7 @@ from federation.console import explained, say, tell
 from federation.task import build_net, client_seed, data_digest, load_task, read_data, source_digest
 
 app = ClientApp()
-hide_tensorflow.from_workers()  # from those of a simulation: here, because Flower imports this file before it starts them
+hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them
 
 
 @app.train()

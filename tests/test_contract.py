@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 TOP = ["cifar.py", "client.py", "server.py"]
-OURS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("federation/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+OURS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("federation/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 FRAMEWORKS = {"torch", "torchvision", "jax", "flax", "optax", "keras", "tensorflow"}
 PRIVATE = re.compile(r"flwr\.(common|client|server|simulation|compat|super\w+|proto|cli)\b|flwr\.(\w+\.)*_")
 DEPRECATED = {"start_server", "start_client", "start_numpy_client", "start_simulation", "run_simulation"}
@@ -111,7 +111,8 @@ def test_clients_get_the_app_and_the_task_with_what_it_imports_and_nothing_else(
             del sys.modules[name]  # as in a process that has not yet imported anything of the project
         launch.bundle(tmp_path, "benchmarks.niid_bench")
     bundled = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    app = {"pyproject.toml", "client.py", "server.py", *(f"federation/{p.name}" for p in ROOT.glob("federation/*.py"))}
+    app = {"pyproject.toml", "client.py", "server.py"}
+    app |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("federation/**/*.py")}
     assert bundled == app | {"benchmarks/niid_bench.py", "cifar.py"}
     assert PYPROJECT["tool"]["flwr"]["app"]["fab-include"] == ["**/*.py"], "as flwr run has it: whatever is not ignored"
     components = PYPROJECT["tool"]["flwr"]["app"]["components"]

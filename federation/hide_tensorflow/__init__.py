@@ -1,8 +1,9 @@
 """Keep TensorFlow out of Flower's Simulation Engine, so that only tasks that use it load it.
 
-The engine imports TensorFlow wherever it is installed, in the server's process and in every Ray worker. That takes seconds
-and hundreds of megabytes, and PyTorch's compiler, triton, crashes when it is loaded into the same process afterwards.
-So TensorFlow counts as not installed from the start of a process (`sitecustomize.py`) until it loads the task.
+The engine imports TensorFlow wherever it is installed, in the server's process and in every Ray worker. That takes
+seconds and hundreds of megabytes, and PyTorch's compiler, triton, crashes when it is loaded into the same process
+afterwards. So TensorFlow counts as not installed from the start of a process (`sitecustomize.py`) until it loads the
+task.
 """
 
 import importlib
@@ -22,16 +23,17 @@ def environment() -> dict[str, str]:
 def from_workers() -> None:
     """Hide TensorFlow from the Ray workers that this process will start, if it has been loaded here already.
 
-    `flwr run` gives an app no say in the environment of its processes. But Flower imports the ClientApp before it starts
-    Ray, and hands sys.path on to the workers.
+    With `flwr run`, an app has no say in the environment of its processes. But Flower imports the ClientApp before it
+    starts Ray, and hands sys.path on to the workers.
     """
     if sys.modules.get("tensorflow"):
         sys.path.insert(0, FOLDER)
-        _load_triton()
+        if hasattr(os, "RTLD_DEEPBIND"):  # Linux, where PyTorch comes with triton
+            _load_triton()
 
 
 def _load_triton() -> None:
-    """Load triton, where it is installed, with the symbols of its own LLVM: TensorFlow's are another version's."""
+    """Load triton, where it is installed, so that it finds its own LLVM and not the other version in TensorFlow."""
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_DEEPBIND)
     with suppress(ImportError):
