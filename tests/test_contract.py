@@ -1,6 +1,7 @@
 """What the parts promise one another, read off the source: a plain script, thin wrappers, no engine of our own."""
 
 import ast
+import itertools
 import re
 import sys
 import tomllib
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
 
 import cifar
 from federation import launch
@@ -117,6 +119,17 @@ def test_clients_get_the_app_and_the_task_with_what_it_imports_and_nothing_else(
     assert PYPROJECT["tool"]["flwr"]["app"]["fab-include"] == ["**/*.py"], "as flwr run has it: whatever is not ignored"
     components = PYPROJECT["tool"]["flwr"]["app"]["components"]
     assert components == {"serverapp": "server:app", "clientapp": "client:app"}
+
+
+def test_the_lock_file_has_a_version_for_each_requirement_and_names_no_registry() -> None:
+    lock = tomllib.loads((ROOT / "poetry.lock").read_text("utf-8"))
+    locked = {package["name"]: package["version"] for package in lock["package"]}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    for line in [*PYPROJECT["project"]["dependencies"], *itertools.chain(*extras.values())]:
+        required = Requirement(line)
+        assert locked[required.name] in required.specifier
+    assert set(lock["extras"]) == set(extras)
+    assert not any("source" in package for package in lock["package"])
 
 
 def test_requirements_agree_with_pyproject() -> None:
