@@ -19,15 +19,15 @@ from flwr.clientapp import ClientApp
 
 from federation import certificates, hide_tensorflow, launch, network, weights
 from federation.config import checked
-from federation.console import explained, say, tell
-from federation.task import build_net, client_seed, data_digest, load_task, read_data, source_digest
+from federation.console import say, tell
+from federation.mods import explain, play_clients
+from federation.task import build_net, client_seed, load_task, open_data, source_digest
 
-app = ClientApp()
+app = ClientApp(mods=[play_clients, explain])
 hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them
 
 
 @app.train()
-@explained
 def train(message: Message, context: Context) -> Message:
     """Train the global model on this client's training samples."""
     config, order, task = checked(context.run_config), instructions(message), open_task(context)
@@ -52,7 +52,6 @@ def train(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
-@explained
 def evaluate(message: Message, context: Context) -> Message:
     """Test the global model on this client's test samples."""
     task = open_task(context)
@@ -68,20 +67,20 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 @app.query("join")
-@explained
 def join(message: Message, context: Context) -> Message:
     """Tell the server who this is, which partition it wants (-1: any), and which data it has."""
     node, task = context.node_config, open_task(context)
-    data = load_data(task, message, context)
+    data, digest = load_data(task, message, context)
     say(f"joining with {len(data[0][1]):,} training and {len(data[1][1]):,} test samples at hand")
     facts = {
         "name": node.get("name", ""),
         "partition-id": node.get("partition-id", -1),
         "num-partitions": node.get("num-partitions", 0),
         "key": node.get("key", ""),
+        "clients": node.get("clients", 0),
         "flwr": version("flwr"),
         "task": source_digest(task),
-        "data": data_digest(data),
+        "data": digest,
         "train-samples": len(data[0][1]),
         "test-samples": len(data[1][1]),
     }
@@ -89,7 +88,6 @@ def join(message: Message, context: Context) -> Message:
 
 
 @app.query("leave")
-@explained
 def leave(message: Message, context: Context) -> Message:
     """Hear from the server that the run is over."""
     error = instructions(message)["error"]
@@ -109,18 +107,18 @@ def open_task(context: Context) -> ModuleType:
     return load_task(checked(context.run_config)["task"])
 
 
-def load_data(task: ModuleType, message: Message, context: Context) -> Any:
-    """Return the whole data set: this client's own, or else the one that the server names."""
-    return read_data(task, str(context.node_config.get("data") or instructions(message)["data"]))
+def load_data(task: ModuleType, message: Message, context: Context) -> tuple[Any, str]:
+    """Return the whole data set, this client's own or else the one that the server names, and its digest."""
+    return open_data(task, str(context.node_config.get("data") or instructions(message)["data"]))
 
 
 def own_samples(split: str, task: ModuleType, message: Message, context: Context) -> tuple[Any, Any]:
     """Return this client's samples of a split: those that the server names, or all of its own."""
-    data = load_data(task, message, context)
+    data, digest = load_data(task, message, context)
     x, y = data[0] if split == "train" else data[1]
     if "rows" not in message.content:
         return x, y
-    if data_digest(data) != instructions(message)["digest"]:
+    if digest != instructions(message)["digest"]:
         raise ValueError("the data here are not the server's any more; start the client again")
     rows = np.flatnonzero(np.unpackbits(message.content.array_records["rows"]["mask"].numpy(), count=len(y)))
     return x[rows], y[rows]
@@ -135,6 +133,7 @@ def command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--server", default="127.0.0.1:8080", metavar="HOST:PORT", type=network.address)
     parser.add_argument("--data", metavar="DIR", help="this client's data (default: where the server has them)")
+    parser.add_argument("--clients", type=int, default=1, metavar="N", help="play so many clients (default: 1)")
     parser.add_argument("--partition-id", type=int, metavar="I", help="take this partition (default: a free one)")
     parser.add_argument("--num-partitions", type=int, metavar="N", help="of so many")
     parser.add_argument("--tls", metavar="DIR", type=certificates.client_folder, help="with ca.crt, and client.key")
@@ -143,14 +142,22 @@ def command() -> int:
     args = parser.parse_args()
     if (args.partition_id is None) != (args.num_partitions is None):
         parser.error("--partition-id and --num-partitions go together")
-    for option, value in (("--num-partitions", args.num_partitions), ("--threads", args.threads)):
+    if args.clients > 1 and args.partition_id is not None:
+        parser.error("--clients and --partition-id exclude each other")
+    for option in ("clients", "num_partitions", "threads"):
+        value = getattr(args, option)
         if value is not None and value < 1:
-            parser.error(f"{option} {value}: 1 or more is needed")
+            parser.error(f"--{option.replace('_', '-')} {value}: 1 or more is needed")
     if args.num_partitions and not 0 <= args.partition_id < args.num_partitions:
         parser.error(f"--partition-id {args.partition_id} is not one of 0 to {args.num_partitions - 1}")
     if not args.wait >= 0:
         parser.error(f"--wait {args.wait:g}: 0 or more is needed")
-    wishes = {"data": args.data, "partition-id": args.partition_id, "num-partitions": args.num_partitions}
+    wishes = {
+        "clients": args.clients,
+        "data": args.data,
+        "partition-id": args.partition_id,
+        "num-partitions": args.num_partitions,
+    }
     node_config = {key: value for key, value in wishes.items() if value is not None}
     return launch.join_run(args.server, args.wait, node_config, args.threads, args.tls)
 

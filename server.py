@@ -16,8 +16,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from federation import certificates, launch, network, weights
+from federation import certificates, launch, network, simulation, weights
 from federation.checkpoint import resumed
+from federation.client_grid import ClientGrid
 from federation.config import checked, parse
 from federation.console import explained_run, reason
 from federation.folder import run_folder
@@ -39,9 +40,10 @@ def main(grid: Grid, context: Context) -> None:
     root = find_data(task, config["data"])
     data = read_data(task, root)
     net = build_net(task, config["seed"])
-    clients = Roster(grid, config, root, data)
+    roster = Roster(grid, config, root, data)
     report = Report(config, root, data)
-    clients.remember(report.metrics)
+    roster.restore(report.metrics)
+    clients = ClientGrid(grid, roster)
     arrays = report.arrays or weights.from_net(net)
     strategy = make_strategy(config, report.state)
 
@@ -53,21 +55,21 @@ def main(grid: Grid, context: Context) -> None:
     try:
         if report.next_round == 0:
             report.round(arrays, {}, **test(arrays))
-        clients.wait_for(config["num-clients"])
-        report.partitions(clients.dealt(), data)
+        roster.wait_for(config["num-clients"])
+        report.partitions(roster.held_partitions(), data)
         for server_round in range(report.next_round, config["num-server-rounds"] + 1):
             arrays, results = play_round(server_round, arrays, strategy, clients)
             report.round(arrays, strategy_state(strategy), **results, **test(arrays))
         report.finish(net)
     except Exception as error:
         report.fail()
-        clients.send_away(reason(error))
+        roster.end_session(reason(error))
         raise
-    clients.send_away()
+    roster.end_session()
 
 
 def play_round(
-    server_round: int, arrays: ArrayRecord, strategy: Strategy, clients: Roster
+    server_round: int, arrays: ArrayRecord, strategy: Strategy, clients: ClientGrid
 ) -> tuple[ArrayRecord, dict[str, Any]]:
     """Let clients train the global model and test the outcome; return it, and what they report."""
     replies = clients.train(strategy, server_round, arrays)
@@ -75,9 +77,7 @@ def play_round(
     assert mean is not None and training is not None
     new_arrays = weights.as_before(arrays, mean)
     check_finite(new_arrays)
-    answers = clients.ask(
-        strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients.as_grid()), "testing"
-    )
+    answers = clients.send_and_receive(strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients))
     testing = strategy.aggregate_evaluate(server_round, answers) or MetricRecord()
     return new_arrays, {
         "train_loss": training["train-loss"],
@@ -86,7 +86,7 @@ def play_round(
         "clients": len(replies),
         "samples": [reply.content.metric_records["metrics"]["num-examples"] for reply in replies],
         "client_seconds": slowest(replies) + slowest(answers),
-        **clients.tally(),
+        **clients.pop_counters(),
     }
 
 
@@ -106,13 +106,20 @@ def command() -> int:
     parser.add_argument("--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="as for flwr run")
     parser.add_argument("--resume", action="store_true", default=None, help="go on with the run in the run folder")
     parser.add_argument("--simulate", type=int, metavar="N", help="play N clients on this machine")
+    parser.add_argument("--gpus-per-client", type=float, metavar="F", help="with --simulate (default: all, shared)")
+    parser.add_argument(
+        "--federation-config", default="", metavar="'KEY=VALUE …'", help="with --simulate, as for flwr run"
+    )
     parser.add_argument("--address", type=network.address, metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")
     parser.add_argument("--tls", metavar="DIR", type=certificates.server_folder, help="with server.crt, server.key, …")
     parser.add_argument("--insecure", action="store_true", help="serve other machines without TLS")
     args = vars(parser.parse_args())
     simulate, address, tls, insecure = (args.pop(name) for name in ("simulate", "address", "tls", "insecure"))
+    gpus_per_client, federation_config = args.pop("gpus_per_client"), args.pop("federation_config")
     if simulate is not None and (address or tls or args["num-clients"] is not None):
         parser.error("--simulate N plays all clients here: it goes with none of --clients, --address and --tls")
+    if simulate is None and (gpus_per_client is not None or federation_config):
+        parser.error("--gpus-per-client and --federation-config go with --simulate")
     address = address or ("127.0.0.1", 8080)
     try:
         network.check_exposed(address, tls is not None, insecure)
@@ -120,6 +127,7 @@ def command() -> int:
         overrides |= {key: value for key, value in args.items() if value is not None}
         overrides |= {} if simulate is None else {"num-clients": simulate}
         config = resumed(overrides) if overrides.get("resume") else checked(overrides)
+        nodes = simulation.plan(config["num-clients"], gpus_per_client, parse(federation_config)) if simulate else None
     except ValueError as error:
         parser.error(str(error))
     config["out"] = launch.writable(config["out"])
@@ -127,10 +135,12 @@ def command() -> int:
     config["data"] = find_data(task, config["data"])
     least = min(len(labels) for _, labels in read_data(task, config["data"]))
     check_enough(least, config["num-clients"])  # before the run, so that errors show at once
-    if simulate is None:
+    if nodes:
+        print(simulation.describe(config["num-clients"], nodes), flush=True)
+    else:
         network.check_free(address)
     with run_folder(Path(config["out"])):
-        return launch.host_run(address, config, simulate or 0, tls)
+        return launch.host_run(address, config, nodes, tls)
 
 
 if __name__ == "__main__":

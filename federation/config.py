@@ -1,5 +1,6 @@
 """The run config: its defaults in pyproject.toml, its syntax, and the values that it takes."""
 
+import functools
 import re
 import tomllib
 from collections.abc import Mapping
@@ -39,6 +40,11 @@ ASSIGNMENT = re.compile(r"""[^\s=]+=(?:"[^"]*"|'[^']*'|[^\s"']+)(?=\s|$)""")
 
 def defaults() -> Config:
     """Return the run config that pyproject.toml declares."""
+    return dict(_declared())
+
+
+@functools.cache
+def _declared() -> Config:
     pyproject = Path(__file__).resolve().parents[1] / "pyproject.toml"
     return dict(tomllib.loads(pyproject.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
 

@@ -11,10 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context
 from flwr.serverapp import Grid
-
-Handler = Callable[[Message, Context], Message]
 
 PREFIX = "federation: "
 CONTROL = "federation# "
@@ -39,22 +37,6 @@ def reason(error: object) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r"^<class '[\w.]*'>:<'(.*)'>$", r"\1", text)
     return re.sub(r"^.*ClientAppException occurred\. Message: ", "", text) or repr(error)
-
-
-def explained(function: Handler) -> Handler:
-    """Make a client's function say in one line why it failed; one that cannot even join ends its client."""
-
-    @functools.wraps(function)
-    def wrapper(message: Message, context: Context) -> Message:
-        try:
-            return function(message, context)
-        except Exception as error:
-            say(f"{function.__name__} failed: {reason(error)}")
-            if function.__name__ == "join":
-                tell(end=1)
-            raise
-
-    return wrapper
 
 
 def explained_run(function: Callable[[Grid, Context], None]) -> Callable[[Grid, Context], None]:

@@ -48,25 +48,27 @@ def run_command(command: Callable[[], int]) -> None:
 # ----------------------------------------------------------------------------------------------------- the server
 
 
-def host_run(address: Address, run_config: Config, simulated_clients: int = 0, tls: Path | None = None) -> int:
+def host_run(
+    address: Address, run_config: Config, federation_config: Config | None = None, tls: Path | None = None
+) -> int:
     """Run the app in this folder on a SuperLink of its own and return the exit status: 0, or 1 if it failed.
 
-    With `simulated_clients`, Flower's Simulation Engine plays that many clients, each on one core. With `tls`, the
-    folder of a server's certificate, clients are served over TLS, and if it has a folder `clients`, only those.
+    With `federation_config`, Flower's Simulation Engine plays the clients as this says. With `tls`, the folder of a
+    server's certificate, clients are served over TLS, and if it has a folder `clients`, only those.
     """
-    direct = not simulated_clients and not tls and is_loopback(address[0])
+    direct = not federation_config and not tls and is_loopback(address[0])
     inside = address if direct else ("127.0.0.1", free_port())
     environment = hide_tensorflow.environment() if simulated_clients else {}
     with session(Path(str(run_config["out"])) / "log.txt", **environment) as ours:
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
-        ca = start_superlink(ours, inside, simulated_clients > 0, register is not None)
+        ca = start_superlink(ours, inside, federation_config is not None, register is not None)
         if register:
             register.update()
             register.show()
             Thread(target=register.watch, daemon=True).start()
-        if not direct and not simulated_clients:
+        if not direct and not federation_config:
             start_gate(ours, address, inside, ca, tls)
-        status = relay(submit(ours, run_config, simulated_clients), ours.log)
+        status = relay(submit(ours, run_config, federation_config), ours.log)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status
@@ -122,20 +124,19 @@ def reachable(address: Address) -> Address:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
 
-def submit(ours: Session, run_config: Config, simulated_clients: int) -> "subprocess.Popen[str]":
+def submit(ours: Session, run_config: Config, federation_config: Config | None) -> "subprocess.Popen[str]":
     """Start the run and return a process that lasts as long as it does, and prints what its ServerApp prints."""
     overrides = ours.home / "run-config.toml"
-    overrides.write_text(
-        "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in run_config.items()), "utf-8"
-    )
+    overrides.write_text(assignments(run_config, "\n"), "utf-8")
     app = bundle(ours.home / "app", str(run_config["task"]))
     command = ["flwr", "run", str(app), "ours", "--stream", "--run-config", str(overrides)]
-    if simulated_clients:
-        command += [
-            "--federation-config", f"num-supernodes={simulated_clients} client-resources-num-cpus=1 "
-            f"init-args-num-cpus={min(cores(), simulated_clients)} init-args-log-to-driver=false",
-        ]  # fmt: skip
+    if federation_config:
+        command += ["--federation-config", assignments(federation_config, " ")]
     return ours.start(*command)
+
+
+def assignments(config: Config, separator: str) -> str:
+    return separator.join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in config.items())
 
 
 def bundle(folder: Path, task: str) -> Path:

@@ -1,265 +1,212 @@
-"""Who takes part: clients join, get a partition each, are asked, answer, and leave."""
+"""Who takes part: nodes join with the clients that they play, each client gets a partition, and all leave."""
 
-import random
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 
-from federation import partition, weights
+from federation import partition
 from federation.config import Config
-from federation.console import reason, say, tell
-from federation.strategy import check_reply
+from federation.console import reason, say
 from federation.task import data_digest, load_task, source_digest
 
-POLL = 0.5  # seconds between two looks for replies: more looks take time from clients on the same machine
-PATIENCE = 120  # seconds for which a round waits for somebody to finish joining: who takes longer joins a later one
-PRESENCE = 2.0  # seconds between two looks at who is still there
-FACTS = {  # what a client says of itself, by type
-    "name": str, "key": str, "partition-id": int, "num-partitions": int, "flwr": str, "task": str, "data": str,
-    "train-samples": int, "test-samples": int,
+POLL = 0.1  # seconds between two looks for replies
+JOIN_TIMEOUT = 120  # seconds that a round waits for nodes that are joining: who takes longer joins a later one
+JOIN_SCHEMA = {  # what a node says of itself, by type
+    "name": str, "key": str, "clients": int, "partition-id": int, "num-partitions": int, "flwr": str, "task": str,
+    "data": str, "train-samples": int, "test-samples": int,
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Client:
     """A client that has joined. `position` is its partition, or for one with data of its own, its number."""
 
+    position: int
     node: int
     name: str  # its host, and its place there; "" if client.py did not start it
     key: str  # what tells it from all others, even after a restart of it or of the server; "" likewise
-    position: int
     rows: dict[str, partition.Rows] | None  # by split; None for one with data of its own
     samples: dict[str, int]  # how many it has joined with, by split
+    shares_node: bool  # with other clients, so that its messages travel in a bundle
 
 
 class Roster:
-    """The clients of a run, on top of Flower's Grid."""
+    """The clients of a run, by position, and the nodes that play them."""
 
     def __init__(self, grid: Grid, config: Config, root: str, data: Any) -> None:
         self.grid, self.config, self.root = grid, config, root
         self.digest, self.code = data_digest(data), source_digest(load_task(config["task"]))
         self.labels = data[0][1], data[1][1]
-        self.deal(config["num-clients"])
-        self.clients: dict[int, Client] = {}  # by node
+        self.split(config["num-clients"])
+        self.clients: dict[int, Client] = {}
         self.joining: dict[str, int] = {}  # message id: node
-        self.patient_until = 0.0
-        self.met: set[int] = set()
+        self.join_deadline = 0.0
+        self.known_nodes: set[int] = set()
         self.places: dict[str, int] = {}  # which client, by key, has or had which partition
-        self.dropped = self.bytes_down = self.bytes_up = 0
 
-    def remember(self, metrics: dict[str, Any]) -> None:
+    def restore(self, metrics: dict[str, Any]) -> None:
         """Go on from what a run has reported, and keep that up to date: who has which of how many partitions."""
         self.places = metrics["clients"]
-        if dealt := metrics["partitions"].get("train"):
-            self.deal(len(dealt))
+        if saved := metrics["partitions"].get("train"):
+            self.split(len(saved))
 
-    # ------------------------------------------------------------------------------------------------------ joining
-
-    def wait_for(self, count: int) -> None:
-        """Return once `count` clients are present; greet those that come on the way."""
-        self.greet()
-        if len(self.present()) < count:
-            say(f"waiting for {count} clients, {len(self.present())} here")
-        while len(self.present()) < count or (self.joining and time.monotonic() < self.patient_until):
-            time.sleep(POLL)
-            self.greet()
-
-    def greet(self) -> None:
-        """Ask nodes that are new to introduce themselves, and seat those that have."""
-        online = set(self.grid.get_node_ids())
-        strangers = online - self.met  # or those that have been away: a key's node comes back under its old id
-        self.met = online
-        if strangers:
-            self.patient_until = time.monotonic() + PATIENCE
-            hello = RecordDict({"client": ConfigRecord({"data": self.root})})
-            asked = zip(self.send(hello, "join", strangers), strangers, strict=True)
-            self.joining |= {message: node for message, node in asked if message}  # no id: it has gone already
-        online = set(self.grid.get_node_ids())  # before the look for replies: who replies and goes is heard
-        for reply in self.grid.pull_messages(list(self.joining)) if self.joining else ():
-            self.seat(self.joining.pop(reply.metadata.reply_to_message_id), reply)
-        self.joining = {message: node for message, node in self.joining.items() if node in online}
-
-    def send(self, content: RecordDict, query: str, nodes: Iterable[int]) -> Iterable[str]:
-        """Send a query to `nodes` and return the messages' ids."""
-        kind = f"{MessageType.QUERY}.{query}"
-        return self.grid.push_messages([Message(content, node, kind, group_id=query) for node in nodes])
-
-    def seat(self, node: int, reply: Message) -> None:
-        """Give a new client its place, or send it away."""
-        if reply.has_error():
-            say(f"a client could not join: {reason(reply.error.reason)}")
-            return
-        facts: dict[str, Any] = dict(reply.content.config_records.get("client") or {})
-        if {key: type(value) for key, value in facts.items()} != FACTS:
-            say("a client could not join: it does not introduce itself as client.py does")
-            return
-        name, copy = facts["name"], facts["data"] == self.digest
-        try:
-            check_version(facts["flwr"])
-            if facts["task"] != self.code:
-                raise ValueError(f"its copy of {self.config['task']} differs from the server's: copy that, or start "
-                                 "the client in a folder without one, and it runs the server's")  # fmt: skip
-            first = not self.clients  # the first client to join settles how many partitions there are
-            if first and facts["num-partitions"] not in (0, self.partitions):
-                self.deal(facts["num-partitions"])
-            position = self.place(node, facts["key"], facts["partition-id"], facts["num-partitions"], copy)
-            rows = {split: parts[position] for split, parts in self.parts.items()} if copy else None
-            own = {"train": facts["train-samples"], "test": facts["test-samples"]}
-            samples = {split: len(held) for split, held in rows.items()} if rows else own
-        except ValueError as error:
-            say(f"{name} may not join: {error}")
-            self.send_away(str(error), node)
-            return
-        self.clients = {n: client for n, client in self.clients.items() if client.position != position}
-        self.clients[node] = Client(node, name, facts["key"], position, rows, samples)
-        for former in [key for key, place in self.places.items() if place == position]:
-            del self.places[former]
-        self.places |= {facts["key"]: position} if facts["key"] else {}
-        share = f"{samples['train']:,} samples" + (f" of {len(self.labels[0]):,}" if rows else " of its own")
-        say(f"client {position} joined{' from ' * bool(name)}{name}: {share}")
-
-    def deal(self, partitions: int) -> None:
+    def split(self, partitions: int) -> None:
         """Split the data, once for the run. Raises ValueError where that cannot be."""
         self.parts = partition.split(*self.labels, partitions, self.config)
         self.partitions = partitions
 
-    def dealt(self) -> dict[str, list[partition.Rows]]:
+    def held_partitions(self) -> dict[str, list[partition.Rows]]:
         """Return the rows of all partitions, by split; none if every client has data of its own."""
         return self.parts if any(client.rows for client in self.clients.values()) else {}
 
-    def place(self, node: int, key: str, wanted: int, counted: int, copy: bool) -> int:
-        """Return the partition of a client: its old one, the one it wants, or the first that is free."""
-        partitions = self.partitions
-        present = {client.position: client for client in self.present() if client.node != node}  # it may have been away
-        taken = {c.position for c in self.clients.values() if c.node != node} | set(self.places.values())
-        if wanted >= 0:
-            if counted != partitions:
-                raise ValueError(f"it counts {counted} partitions, but this run has {partitions}")
-            if wanted in present and not (key and present[wanted].key == key):
-                raise ValueError(f"partition {wanted} is taken by {present[wanted].name or 'another client'}")
-            return wanted
-        if key in self.places and (self.places[key] < partitions) == copy:  # or its data have changed since
-            return self.places[key]
-        places = range(partitions) if copy else range(partitions, partitions + len(taken) + 1)
-        free = [place for place in places if place not in taken] or [place for place in places if place not in present]
-        if not free:
-            raise ValueError(f"all {partitions} partitions are taken; start the server with more --clients")
-        return free[0]
-
-    # -------------------------------------------------------------------------------------------------- as a Grid
-
-    def train(self, strategy: Strategy, server_round: int, arrays: ArrayRecord) -> list[Message]:
-        """Return the replies of the clients that `strategy` asks to train; ask again where too few of them are good.
-
-        Raises RuntimeError after `retries`.
-        """
-        for attempt in range(self.config["retries"] + 1):
-            self.wait_for(self.config["min-clients"])
-            seed_sampling(self.config["seed"], server_round, attempt)
-            questions = list(strategy.configure_train(server_round, arrays, ConfigRecord(), self.as_grid()))
-            replies = self.ask(questions, "training")
-            needed = min(len(questions), self.config["min-clients"])
-            if len(replies) >= needed:
-                return replies
-            say(f"round {server_round}: {len(replies)} of {len(questions)} models are good, {needed} needed")
-        raise RuntimeError(f"round {server_round}: too few good models, even after {self.config['retries']} retries")
-
     def present(self) -> list[Client]:
-        """Return the clients that are online, by partition."""
+        """Return the clients that are online, by position."""
         online = set(self.grid.get_node_ids())
         return sorted((c for c in self.clients.values() if c.node in online), key=lambda client: client.position)
 
-    def as_grid(self) -> Grid:
-        """Return this as a Grid for a strategy, of which it asks for no more than the nodes to sample from."""
-        return cast(Grid, self)
+    # ------------------------------------------------------------------------------------------------------ joining
 
-    def get_node_ids(self) -> list[int]:
-        """Return the nodes by partition, so that sampling does not depend on their ids, which differ between runs."""
-        return [client.node for client in self.present()]
+    def wait_for(self, count: int) -> None:
+        """Return once `count` clients are present; admit the nodes that come meanwhile."""
+        self.poll_new_nodes()
+        if len(self.present()) < count:
+            say(f"waiting for {count} clients, {len(self.present())} here")
+        while len(self.present()) < count or (self.joining and time.monotonic() < self.join_deadline):
+            time.sleep(POLL)
+            self.poll_new_nodes()
 
-    def ask(self, messages: Iterable[Message], doing: str) -> list[Message]:
-        """Send `messages` and return the good replies, in order of partition, whatever order they came in.
+    def poll_new_nodes(self) -> None:
+        """Ask new nodes to introduce themselves, and admit those that have."""
+        online = set(self.grid.get_node_ids())
+        new = online - self.known_nodes  # or those that have been away: a key's node comes back under its old id
+        self.known_nodes = online
+        if new:
+            self.join_deadline = time.monotonic() + JOIN_TIMEOUT
+            hello = RecordDict({"client": ConfigRecord({"data": self.root})})
+            asked = zip(self._query("join", hello, new), new, strict=True)
+            self.joining |= {message: node for message, node in asked if message}  # no id: it has gone already
+        online = set(self.grid.get_node_ids())  # before the look for replies: who replies and goes is heard
+        for reply in self.grid.pull_messages(list(self.joining)) if self.joining else ():
+            self.admit(self.joining.pop(reply.metadata.reply_to_message_id), reply)
+        self.joining = {message: node for message, node in self.joining.items() if node in online}
 
-        Waits for `round-timeout` seconds at most, and not for clients that have gone.
-        """
-        asked = [self.address(message) for message in messages]
-        sent = list(zip(self.grid.push_messages(asked), asked, strict=True))
-        pending = {identity: question for identity, question in sent if identity}
-        for question in (question for identity, question in sent if not identity):
-            self.drop(question, "it has left")
-        replies: dict[int, Message] = {}
-        tell(progress=(0, len(asked)), doing=doing)
-        deadline, look = time.monotonic() + self.config["round-timeout"], 0.0
-        while pending and time.monotonic() < deadline:
-            for reply in self.grid.pull_messages(list(pending)):
-                self.take(pending.pop(reply.metadata.reply_to_message_id), reply, replies)
-                tell(progress=(len(asked) - len(pending), len(asked)), doing=doing)
-            if time.monotonic() > look:
-                look = time.monotonic() + PRESENCE
-                online = set(self.grid.get_node_ids())
-                for identity in [m for m, question in pending.items() if question.metadata.dst_node_id not in online]:
-                    self.drop(pending.pop(identity), "it has left")
-            time.sleep(POLL if pending else 0)
-        for question in pending.values():
-            self.drop(question, f"no reply within {self.config['round-timeout']} s")
-        return [replies[position] for position in sorted(replies)]
+    def _query(self, action: str, content: RecordDict, nodes: Iterable[int]) -> Iterable[str]:
+        """Send a query to `nodes` and return the messages' ids."""
+        kind = f"{MessageType.QUERY}.{action}"
+        return self.grid.push_messages([Message(content, node, kind, group_id=action) for node in nodes])
 
-    def address(self, message: Message) -> Message:
-        """Add to a strategy's message what differs from client to client."""
-        client = self.clients[message.metadata.dst_node_id]
-        content = RecordDict(dict(message.content))
-        content["client"] = ConfigRecord({"position": client.position, "data": self.root, "digest": self.digest})
-        if client.rows:
-            split = "train" if message.metadata.message_type == MessageType.TRAIN else "test"
-            content["rows"] = ArrayRecord({"mask": Array(self.mask(split, client.rows[split]))})
-        self.bytes_down += sum(weights.size(arrays) for arrays in content.array_records.values())
-        return Message(content, client.node, message.metadata.message_type, group_id=message.metadata.group_id)
-
-    def mask(self, split: str, rows: partition.Rows) -> NDArray[np.uint8]:
-        """Return a bit for each sample of a split: small enough for every message, so that no client need remember."""
-        chosen = np.zeros(len(self.labels[split == "test"]), bool)
-        chosen[rows] = True
-        return np.packbits(chosen)
-
-    def take(self, question: Message, reply: Message, replies: dict[int, Message]) -> None:
-        client = self.clients[question.metadata.dst_node_id]
-        try:
-            check_reply(question, reply, client.samples, exactly=client.rows is not None)
-        except ValueError as error:
-            self.drop(question, str(error))
+    def admit(self, node: int, reply: Message) -> None:
+        """Give the clients of a new node their partitions, or send it away."""
+        if reply.has_error():
+            say(f"a client could not join: {reason(reply.error.reason)}")
             return
-        self.bytes_up += sum(weights.size(arrays) for arrays in reply.content.array_records.values())
-        replies[client.position] = reply
+        facts: dict[str, Any] = dict(reply.content.config_records.get("client") or {})
+        if {key: type(value) for key, value in facts.items()} != JOIN_SCHEMA:
+            say("a client could not join: it does not introduce itself as client.py does")
+            return
+        try:
+            joined = self._clients_of(node, facts)
+        except ValueError as error:
+            say(f"{facts['name']} may not join: {error}")
+            self.end_session(str(error), node)
+            return
+        self.clients = {position: client for position, client in self.clients.items() if client.node != node}
+        self.clients |= {client.position: client for client in joined}
+        given = {client.position for client in joined}
+        for former in [key for key, place in self.places.items() if place in given]:
+            del self.places[former]
+        self.places |= {client.key: client.position for client in joined if client.key}
+        say(self._welcome(joined))
 
-    def drop(self, question: Message, why: str) -> None:
-        self.dropped += 1
-        client = self.clients[question.metadata.dst_node_id]
-        say(f"client {client.position}{f' ({client.name})' * bool(client.name)} is left out: {why}")
+    def _welcome(self, joined: list[Client]) -> str:
+        first, samples = joined[0], sum(client.samples["train"] for client in joined)
+        who = f"client {first.position}" if len(joined) == 1 else f"{len(joined)} clients"
+        share = f"{samples:,} samples" + (f" of {len(self.labels[0]):,}" if first.rows else " of its own")
+        return f"{who} joined{' from ' * bool(first.name)}{first.name}: {share}"
+
+    def _clients_of(self, node: int, facts: dict[str, Any]) -> list[Client]:
+        """Return the clients that a node plays, each with its place. Raises ValueError if the node may not join."""
+        check_version(facts["flwr"])
+        if facts["task"] != self.code:
+            raise ValueError(f"its copy of {self.config['task']} differs from the server's: copy that, or start "
+                             "the client in a folder without one, and it runs the server's")  # fmt: skip
+        copy = facts["data"] == self.digest
+        wanted = self._wanted(facts)
+        if len(wanted) > 1 and not copy:
+            raise ValueError(f"it plays {len(wanted)} clients, but its data are not a copy of the server's; "
+                             "a client with data of its own needs a node of its own")  # fmt: skip
+        keys = [facts["key"] and facts["key"] + f" {slot}" * bool(slot) for slot in range(len(wanted))]
+        positions = self._assign_partitions(node, wanted, keys, facts["num-partitions"], copy)
+        pairs = zip(positions, keys, strict=True)
+        return [self._client(position, node, key, facts, copy, len(wanted) > 1) for position, key in pairs]
+
+    def _client(
+        self, position: int, node: int, key: str, facts: dict[str, Any], copy: bool, shares_node: bool
+    ) -> Client:
+        rows = {split: parts[position] for split, parts in self.parts.items()} if copy else None
+        own = {"train": facts["train-samples"], "test": facts["test-samples"]}
+        samples = {split: len(held) for split, held in rows.items()} if rows else own
+        return Client(position, node, facts["name"], key, rows, samples, shares_node)
+
+    def _wanted(self, facts: dict[str, Any]) -> list[int]:
+        """Return the partitions that the clients of a node want, -1 for any. The first node settles how many there are.
+
+        A node of the Simulation Engine, which names no number of clients, plays its share of them: node i of n those
+        of partitions i, i + n, i + 2n, and so on.
+        """
+        nodes, simulated = facts["num-partitions"], facts["clients"] == 0 and facts["num-partitions"] > 0
+        partitions = max(nodes, self.config["num-clients"]) if simulated else nodes
+        if not self.clients and partitions not in (0, self.partitions):
+            self.split(partitions)
+        if simulated and self.partitions > nodes:
+            return list(range(facts["partition-id"], self.partitions, nodes))
+        return [facts["partition-id"]] * max(1, facts["clients"])
+
+    def _assign_partitions(self, node: int, wanted: list[int], keys: list[str], counted: int, copy: bool) -> list[int]:
+        """Return a place for each client of a node: the one it wants, its old one, or the first that is free."""
+        others = {client.position: client for client in self.present() if client.node != node}  # it may have been away
+        taken = {c.position for c in self.clients.values() if c.node != node} | set(self.places.values())
+        places: list[int] = []
+        for want, key in zip(wanted, keys, strict=True):
+            if want >= 0:
+                self._check_wanted(want, key, counted if len(wanted) == 1 else self.partitions, others)
+                places.append(want)
+            elif key in self.places and (self.places[key] < self.partitions) == copy:  # or its data have changed since
+                places.append(self.places[key])
+            else:
+                places.append(self._free_place(taken | set(places), set(others) | set(places), copy))
+        return places
+
+    def _check_wanted(self, wanted: int, key: str, counted: int, others: dict[int, Client]) -> None:
+        if counted != self.partitions:
+            raise ValueError(f"it counts {counted} partitions, but this run has {self.partitions}")
+        if wanted in others and not (key and others[wanted].key == key):
+            raise ValueError(f"partition {wanted} is taken by {others[wanted].name or 'another client'}")
+
+    def _free_place(self, taken: set[int], present: set[int], copy: bool) -> int:
+        """Return the first place that nobody has had, or else that nobody who is present has."""
+        count = self.partitions
+        places = range(count) if copy else range(count, count + len(taken) + 1)
+        free = [place for place in places if place not in taken] or [place for place in places if place not in present]
+        if not free:
+            raise ValueError(f"all {count} partitions are taken; start the server with more --clients")
+        return free[0]
 
     # ------------------------------------------------------------------------------------------------------ leaving
 
-    def tally(self) -> dict[str, int]:
-        """Return, and set back to zero, what has been counted since the last call."""
-        counts = {"dropped": self.dropped, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
-        self.dropped = self.bytes_down = self.bytes_up = 0
-        return counts
-
-    def send_away(self, error: str = "", node: int | None = None) -> None:
-        """Tell all clients, or one, that they are done, well ("") or not; wait until all have gone."""
-        nodes = [n for n, client in self.clients.items() if client.name] if node is None else [node]
+    def end_session(self, error: str = "", node: int | None = None) -> None:
+        """Tell all nodes, or one, that they are done, well ("") or not; wait until all have gone."""
+        named = {client.node for client in self.clients.values() if client.name}
+        nodes = (named if node is None else {node}) & set(self.grid.get_node_ids())
         goodbye = RecordDict({"goodbye": ConfigRecord({"error": error})})
-        nodes = list(set(nodes) & set(self.grid.get_node_ids()))
-        self.send(goodbye, "leave", nodes)
+        self._query("leave", goodbye, nodes)
         deadline = time.monotonic() + (15 if node is None else 0)  # one who is refused holds nobody up
-        while set(nodes) & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
+        while nodes & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)
 
 
@@ -268,11 +215,3 @@ def check_version(theirs: str) -> None:
     ours = version("flwr")
     if theirs.split(".")[:2] != ours.split(".")[:2]:
         raise ValueError(f"it runs Flower {theirs}, the server {ours}; install flwr=={ours} there")
-
-
-def seed_sampling(seed: int, server_round: int, attempt: int = 0) -> None:
-    """Make the strategy's choice of clients a function of seed and round: it draws from Python's generator.
-
-    A round that is tried again may choose others.
-    """
-    random.seed(f"{seed} {server_round}" + f" {attempt}" * bool(attempt))

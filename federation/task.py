@@ -1,5 +1,6 @@
 """A task: any module with Net, load_data, train and test. Loading one, and asking it for what a federation needs."""
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -100,6 +101,13 @@ def read_data(task: ModuleType, root: str | None) -> Any:
         raise ValueError(f"{task.__file__}: load_data() should return (x_train, y_train), (x_test, y_test), a label "
                          f"for each sample; their lengths are: {lengths or 'unknown'}")  # fmt: skip
     return data
+
+
+@functools.lru_cache(maxsize=1)
+def open_data(task: ModuleType, root: str) -> tuple[Any, str]:
+    """Return the task's data and their digest. A process that answers many messages reads them once."""
+    data = read_data(task, root)
+    return data, data_digest(data)
 
 
 def build_net(task: ModuleType, seed: int) -> Any:

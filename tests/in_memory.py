@@ -11,7 +11,9 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 import client
+from federation import bundle
 from federation.config import Config
+from federation.task import open_data
 
 
 class InMemoryGrid(Grid):
@@ -53,8 +55,9 @@ class InMemoryGrid(Grid):
 
     def models(self, message_type: str) -> list[ArrayRecord]:
         """Return the models that messages of this type have carried to the clients, in the order of sending."""
-        sent = (message for message in self.messages if message.metadata.message_type == message_type)
-        return [message.content.array_records["arrays"] for message in sent]
+        contents = [message.content for message in self.messages if message.metadata.message_type == message_type]
+        one_each = [bundle.unpack(content)[0] if bundle.INDEX in content else content for content in contents]
+        return [content.array_records["arrays"] for content in one_each if isinstance(content, RecordDict)]
 
     def create_message(self, *_: Any, **__: Any) -> Message:
         raise NotImplementedError
@@ -85,7 +88,8 @@ def generators() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Cal
 
 @contextmanager
 def another_process() -> Iterator[None]:
-    """Run a block with random generators in a state that nothing depends on, as in a process of its own."""
+    """Run a block with random generators in a state that nothing depends on, and no data read: as in a new process."""
+    open_data.cache_clear()
     kept = [(restore, save()) for save, restore, _ in generators()]
     for _, _, scramble in generators():
         scramble()

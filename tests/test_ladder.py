@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 import server
-from federation import partition, picture, roster, weights
+from federation import client_grid, partition, picture, weights
 from federation.config import Config, checked
 from federation.task import build_net, find_data, load_task
 from tests.in_memory import InMemoryGrid, another_process
@@ -245,7 +245,7 @@ def test_the_mean_of_unequal_clients_is_the_step_on_all_samples(
 def test_a_mean_that_is_not_weighted_by_samples_would_show(
     ladder: Ladder, one_step: dict[str, Any], clients: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "check_reply", lambda *_, **__: None)  # which refuses such replies
+    monkeypatch.setattr(client_grid, "check_reply", lambda *_, **__: None)  # which refuses such replies
     assert federated_deviation(ladder, clients, one_step, tamper=count_one_sample) > 100 * TOLERANCE
 
 
@@ -276,7 +276,7 @@ def test_the_order_of_arrival_does_not_matter(
 ) -> None:
     shuffle = random.Random(1).sample
     deliver = {"last first": lambda ready: ready[::-1], "one by one": lambda ready: shuffle(ready, len(ready))[:1]}
-    monkeypatch.setattr(roster, "POLL", 0)
+    monkeypatch.setattr(client_grid, "POLL", 0)
     assert digest(ladder.federate(5, deliver=deliver[order], **SOME)) == reference
 
 
@@ -285,6 +285,13 @@ def test_the_order_of_arrival_does_not_matter(
 
 def test_one_seed_has_one_digest(ladder: Ladder, reference: str) -> None:
     assert digest(ladder.federate(5, **SOME)) == reference
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 5])
+def test_how_many_nodes_play_the_clients_does_not_matter(ladder: Ladder, reference: str, nodes: int) -> None:
+    simulated = {7 + i: {"partition-id": i, "num-partitions": nodes} for i in range(nodes)}
+    run = ladder.federate(5, simulated, **SOME)
+    assert digest(run) == reference and [row["clients"] for row in run.rounds] == [3, 3]
 
 
 def test_another_seed_has_another_digest(ladder: Ladder, reference: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,10 @@ from flwr.serverapp.strategy import FedAvg
 
 import cifar
 import client as client_app
-from federation import partition, roster, weights
+from federation import bundle, client_grid, partition, roster, weights
+from federation.client_grid import ClientGrid, seed_sampling
 from federation.config import checked
-from federation.roster import Roster, seed_sampling
+from federation.roster import Roster
 from federation.task import data_digest, source_digest
 
 DATA = (np.zeros((20, 2)), np.arange(20)), (np.zeros((12, 2)), np.arange(12))
@@ -60,6 +61,7 @@ class FakeClient:
     data: str = data_digest(DATA)
     task: str = source_digest(cifar)
     flwr: str = version("flwr")
+    clients: int = 0  # that the node plays; 0 if it does not say
     joins_after: float = 0.0
     answers_after: float = 0.0
     fails: str = ""
@@ -71,7 +73,7 @@ class FakeClient:
         if message.metadata.message_type == "query.join":
             facts = {"name": self.name, "partition-id": self.wanted, "num-partitions": self.partitions}
             facts |= {"key": self.key if self.key is not None else self.name and f"{self.name} 1"}
-            facts |= {"flwr": self.flwr, "data": self.data, "task": self.task}
+            facts |= {"clients": self.clients, "flwr": self.flwr, "data": self.data, "task": self.task}
             facts |= {"train-samples": self.samples, "test-samples": 12} | self.odd
             facts = {key: value for key, value in facts.items() if value is not None}
             return Message(RecordDict({"client": ConfigRecord(facts)}), reply_to=message)
@@ -142,25 +144,26 @@ class FakeGrid(Grid):
 def clock(monkeypatch: pytest.MonkeyPatch, in_a_run: None) -> Clock:
     ours = Clock()
     monkeypatch.setattr(roster, "time", ours)
+    monkeypatch.setattr(client_grid, "time", ours)
     return ours
 
 
-def federation(clock: Clock, *clients: FakeClient, count: int = 2, **config: Any) -> tuple[Roster, FakeGrid]:
+def federation(clock: Clock, *clients: FakeClient, count: int = 2, **config: Any) -> tuple[ClientGrid, FakeGrid]:
     grid = FakeGrid(clock, clients)
     settings = {key.replace("_", "-"): value for key, value in config.items()}
-    return Roster(grid, checked({"num-clients": count} | settings), "/data", DATA), grid
+    return ClientGrid(grid, Roster(grid, checked({"num-clients": count} | settings), "/data", DATA)), grid
 
 
-def places(ours: Roster) -> dict[int, int]:
+def places(ours: ClientGrid) -> dict[int, int]:
     """Return the position of each node that has one."""
-    return {node: client.position for node, client in ours.clients.items()}
+    return {client.node: client.position for client in ours.roster.clients.values()}
 
 
-def train(ours: Roster, server_round: int = 1, strategy: FedAvg | None = None) -> list[int]:
+def train(ours: ClientGrid, server_round: int = 1, strategy: FedAvg | None = None) -> list[int]:
     """Play the training half of a round; return the positions that answered, in the order of the replies."""
     strategy = strategy or FedAvg(min_train_nodes=1, min_available_nodes=1)
-    replies = ours.ask(strategy.configure_train(server_round, MODEL, ConfigRecord(), ours), "training")
-    return [ours.clients[reply.metadata.src_node_id].position for reply in replies]
+    replies = ours.send_and_receive(strategy.configure_train(server_round, MODEL, ConfigRecord(), ours))
+    return [reply.metadata.src_node_id for reply in replies]
 
 
 # ----------------------------------------------------------------------------------------------------- places
@@ -169,16 +172,16 @@ def train(ours: Roster, server_round: int = 1, strategy: FedAvg | None = None) -
 def test_partitions_are_handed_out_in_order_of_arrival(clock: Clock) -> None:
     late, early = FakeClient(11, "a/0", joins_after=3), FakeClient(7, "b/0")
     ours, _ = federation(clock, late, early)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert places(ours) == {7: 0, 11: 1}
 
 
 def test_a_client_holds_the_rows_of_its_partition(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     clients = [FakeClient(node, f"host/{node}") for node in (1, 2, 3)]
     ours, _ = federation(clock, *clients, count=3, seed=5)
-    ours.wait_for(3)
+    ours.roster.wait_for(3)
     train(ours)
-    ours.ask(FedAvg(min_available_nodes=1).configure_evaluate(1, MODEL, ConfigRecord(), ours), "testing")
+    ours.send_and_receive(FedAvg(min_available_nodes=1).configure_evaluate(1, MODEL, ConfigRecord(), ours))
     for client in clients:
         position = places(ours)[client.node]
         for kind, samples in ((MessageType.TRAIN, 20), (MessageType.EVALUATE, 12)):
@@ -195,24 +198,24 @@ def test_more_clients_than_samples_are_refused_at_once(clock: Clock) -> None:
 def test_an_explicit_partition_is_respected(clock: Clock) -> None:
     chooser, other = FakeClient(1, "a/0", wanted=1, partitions=2), FakeClient(2, "b/0", joins_after=1)
     ours, _ = federation(clock, chooser, other)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert places(ours) == {1: 1, 2: 0}
 
 
 def test_the_first_client_settles_the_number_of_partitions(clock: Clock) -> None:
     first, second = FakeClient(1, "a/0", wanted=3, partitions=5), FakeClient(2, "b/0", joins_after=1)
     ours, _ = federation(clock, first, second)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     train(ours)
     assert places(ours) == {1: 3, 2: 0}
     assert [len(rows_of(client.of_type("train")[0])) for client in (first, second)] == [4, 4]
 
 
-def assert_refused(grid: FakeGrid, ours: Roster, client: FakeClient, why: str) -> None:
+def assert_refused(grid: FakeGrid, ours: ClientGrid, client: FakeClient, why: str) -> None:
     """Check that `client` has no place, was told why, and has gone."""
     (goodbye,) = client.of_type("query.leave")
     assert why in str(goodbye.content["goodbye"]["error"])
-    assert client.node not in ours.clients and client.node not in grid.online
+    assert client.node not in places(ours) and client.node not in grid.online
     assert client.of_type("train") == []
 
 
@@ -221,7 +224,7 @@ def test_a_partition_that_is_taken_is_refused(clock: Clock, capsys: pytest.Captu
     thief = FakeClient(2, "b/0", wanted=0, partitions=2, joins_after=1)
     ours, grid = federation(clock, owner, thief)
     clock.at(20, lambda: grid.online.update({3: FakeClient(3, "c/0")}))
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert_refused(grid, ours, thief, "partition 0 is taken by a/0")
     assert places(ours) == {1: 0, 3: 1}
     assert "b/0 may not join: partition 0 is taken by a/0" in capsys.readouterr().out
@@ -232,7 +235,7 @@ def test_another_number_of_partitions_is_refused(clock: Clock) -> None:
     odd = FakeClient(2, "b/0", wanted=1, partitions=4, joins_after=1)
     ours, grid = federation(clock, first, odd)
     clock.at(20, lambda: grid.online.update({3: FakeClient(3, "c/0")}))
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert_refused(grid, ours, odd, "it counts 4 partitions, but this run has 2")
 
 
@@ -240,7 +243,7 @@ def test_a_client_that_is_refused_settles_nothing(clock: Clock) -> None:
     absurd = FakeClient(1, "a/0", wanted=0, partitions=1000)  # more than there are samples
     ours, grid = federation(clock, absurd)
     clock.at(20, lambda: grid.online.update({2: FakeClient(2, "b/0"), 3: FakeClient(3, "c/0")}))
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert_refused(grid, ours, absurd, "cannot be split among 1000")
     assert sorted(places(ours).values()) == [0, 1]
 
@@ -248,7 +251,7 @@ def test_a_client_that_is_refused_settles_nothing(clock: Clock) -> None:
 def test_one_client_too_many_is_refused(clock: Clock) -> None:
     clients = [FakeClient(node, f"host/{node}", joins_after=node / 10) for node in (1, 2, 3)]
     ours, grid = federation(clock, *clients)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     clock.sleep(30)  # nobody waits for one who is refused
     assert_refused(grid, ours, clients[2], "all 2 partitions are taken")
     assert places(ours) == {1: 0, 2: 1}
@@ -258,75 +261,75 @@ def test_one_client_too_many_is_refused(clock: Clock) -> None:
 def test_a_client_that_comes_back_gets_its_old_partition(clock: Clock, gone: bool) -> None:
     clients = [FakeClient(node, f"host/{node}", joins_after=node / 10) for node in (1, 2, 3)]
     ours, grid = federation(clock, *clients, count=3)
-    ours.wait_for(3)
+    ours.roster.wait_for(3)
     assert places(ours) == {1: 0, 2: 1, 3: 2}
     if gone:
         del grid.online[2]
     grid.online[9] = FakeClient(9, "host/2")
-    ours.wait_for(3)
-    ours.greet()
+    ours.roster.wait_for(3)
+    ours.roster.poll_new_nodes()
     assert places(ours) == {1: 0, 9: 1, 3: 2}
-    assert ours.get_node_ids() == [1, 9, 3]
+    assert ours.get_node_ids() == [0, 1, 2]
 
 
 def test_a_client_that_comes_back_may_name_its_partition(clock: Clock) -> None:
     ours, grid = federation(clock, FakeClient(1, "a/0", wanted=1, partitions=2))
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     grid.online[2] = FakeClient(2, "a/0", wanted=1, partitions=2)
-    ours.greet()
+    ours.roster.poll_new_nodes()
     assert places(ours) == {2: 1}
 
 
 def test_a_new_client_takes_the_place_of_one_that_has_gone(clock: Clock) -> None:
     clients = [FakeClient(node, f"host/{node}", joins_after=node / 10) for node in (1, 2)]
     ours, grid = federation(clock, *clients)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     del grid.online[1]
     grid.online[5] = FakeClient(5, "elsewhere/0")
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert places(ours) == {2: 1, 5: 0}
 
 
 def test_a_partition_is_kept_for_the_client_that_an_earlier_server_gave_it_to(clock: Clock) -> None:
     known, new = FakeClient(1, "a/0", joins_after=5), FakeClient(2, "b/0")
     ours, _ = federation(clock, known, new)
-    ours.places = {"a/0 1": 0}  # as a checkpoint has it
-    ours.wait_for(2)
+    ours.roster.places = {"a/0 1": 0}  # as a checkpoint has it
+    ours.roster.wait_for(2)
     assert places(ours) == {1: 0, 2: 1}
-    assert ours.places == {"a/0 1": 0, "b/0 1": 1}, "and as the next one will have it"
+    assert ours.roster.places == {"a/0 1": 0, "b/0 1": 1}, "and as the next one will have it"
 
 
 @pytest.mark.parametrize(("data", "old", "new"), [("", 2, 0), ("another", 0, 2)], ids=["a copy", "its own"])
 def test_a_client_that_has_changed_its_data_gets_another_place(clock: Clock, data: str, old: int, new: int) -> None:
     ours, _ = federation(clock, FakeClient(1, "a/0", data=data or data_digest(DATA)))
-    ours.places = {"a/0 1": old}  # the places below 2 are partitions, the others for data of their own
-    ours.wait_for(1)
-    assert places(ours) == {1: new} and ours.places == {"a/0 1": new}
-    assert (ours.clients[1].rows is None) == bool(data)
+    ours.roster.places = {"a/0 1": old}  # the places below 2 are partitions, the others for data of their own
+    ours.roster.wait_for(1)
+    assert places(ours) == {1: new} and ours.roster.places == {"a/0 1": new}
+    assert (ours.roster.clients[new].rows is None) == bool(data)
 
 
 def test_a_client_whose_partition_is_not_there_any_more_gets_another(clock: Clock) -> None:
     ours, _ = federation(clock, FakeClient(1, "a/0"))
-    ours.places = {"a/0 1": 4}  # the run was begun with more partitions, by a client that named their number
-    ours.wait_for(1)
+    ours.roster.places = {"a/0 1": 4}  # the run was begun with more partitions, by a client that named their number
+    ours.roster.wait_for(1)
     assert places(ours) == {1: 0}
 
 
 def test_a_client_with_other_data_gets_no_rows(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     own = [FakeClient(node, f"site/{node}", data="another digest", samples=7) for node in (1, 2, 3)]
     ours, _ = federation(clock, *own)  # three, though only two are waited for
-    ours.wait_for(3)
+    ours.roster.wait_for(3)
     assert sorted(train(ours)) == [2, 3, 4]  # after the partitions, which are for clients with the server's data
     assert all("rows" not in client.of_type("train")[0].content for client in own)
     assert "client 2 joined from site/1: 7 samples of its own" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("theirs", ["1.40.0", "2.0.0", "1.99.0"])
+@pytest.mark.parametrize("theirs", ["1.40.0", "2.0.0", "1.999.0"])
 def test_another_version_of_flower_is_refused(clock: Clock, theirs: str) -> None:
     ours_is = version("flwr")
     stranger, fine = FakeClient(1, "a/0", flwr=theirs), FakeClient(2, "b/0", joins_after=20)
     ours, grid = federation(clock, stranger, fine, count=1)
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     assert_refused(grid, ours, stranger, f"it runs Flower {theirs}, the server {ours_is}")
     assert places(ours) == {2: 0}
 
@@ -334,7 +337,7 @@ def test_another_version_of_flower_is_refused(clock: Clock, theirs: str) -> None
 def test_another_version_of_the_script_is_refused(clock: Clock) -> None:
     stranger, fine = FakeClient(1, "a/0", task="another"), FakeClient(2, "b/0", joins_after=20)
     ours, grid = federation(clock, stranger, fine, count=1)
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     assert_refused(grid, ours, stranger, "its copy of cifar differs from the server's")
     assert places(ours) == {2: 0}
 
@@ -342,7 +345,7 @@ def test_another_version_of_the_script_is_refused(clock: Clock) -> None:
 def test_another_patch_of_flower_is_welcome(clock: Clock) -> None:
     minor = ".".join(version("flwr").split(".")[:2])
     ours, _ = federation(clock, FakeClient(1, "a/0", flwr=f"{minor}.99"), count=1)
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     assert places(ours) == {1: 0}
 
 
@@ -352,7 +355,7 @@ def test_another_patch_of_flower_is_welcome(clock: Clock) -> None:
 def test_waits_until_enough_are_here(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     ours, grid = federation(clock, FakeClient(1, "a/0"))
     clock.at(30, lambda: grid.online.update({2: FakeClient(2, "b/0")}))
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert 30 <= clock.now <= 31 + 2 * roster.POLL
     assert "waiting for 2 clients, 1 here" in capsys.readouterr().out
 
@@ -362,28 +365,27 @@ def test_does_not_count_a_client_that_has_gone(clock: Clock) -> None:
     clock.at(5, lambda: grid.online.pop(1))
     clock.at(10, lambda: grid.online.update({2: FakeClient(2, "b/0")}))
     clock.at(20, lambda: grid.online.update({3: FakeClient(3, "c/0")}))
-    ours.wait_for(2)
-    assert clock.now >= 20 and ours.get_node_ids() == sorted(places(ours), key=places(ours).__getitem__)
-    assert set(ours.get_node_ids()) == {2, 3}
+    ours.roster.wait_for(2)
+    assert clock.now >= 20 and {client.node for client in ours.roster.present()} == {2, 3}
 
 
 def test_who_takes_too_long_to_join_holds_nobody_up_for_ever(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "PATIENCE", 30)
+    monkeypatch.setattr(roster, "JOIN_TIMEOUT", 30)
     slow = FakeClient(2, "b/0", joins_after=45)
     ours, _ = federation(clock, FakeClient(1, "a/0"), slow, count=2)
-    ours.wait_for(1)
-    assert 30 <= clock.now < 31 and [client.node for client in ours.present()] == [1]
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
+    assert 30 <= clock.now < 31 and [client.node for client in ours.roster.present()] == [1]
+    ours.roster.wait_for(1)
     assert clock.now < 31, "nor does the next round wait for it again"
     clock.sleep(15)
-    ours.wait_for(1)
-    assert [client.node for client in ours.present()] == [1, 2]
+    ours.roster.wait_for(1)
+    assert [client.node for client in ours.roster.present()] == [1, 2]
 
 
 def test_does_not_wait_for_a_node_that_goes_before_it_has_joined(clock: Clock) -> None:
     ours, grid = federation(clock, FakeClient(1, "a/0"), FakeClient(2, "b/0", joins_after=math.inf), count=1)
     clock.at(5, lambda: grid.online.pop(2))
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     assert 5 <= clock.now < 6 and places(ours) == {1: 0}
 
 
@@ -391,7 +393,7 @@ def test_a_client_that_fails_to_join_is_named_and_left_alone(clock: Clock, capsy
     broken = FakeClient(1)
     broken.answer = lambda message: Message(Error(1, "no\nsuch data"), reply_to=message)  # type: ignore[method-assign]
     ours, _ = federation(clock, broken, FakeClient(2, "b/0"), count=1)
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     assert places(ours) == {2: 0}
     assert "a client could not join: no such data" in capsys.readouterr().out
 
@@ -406,7 +408,7 @@ def test_a_client_that_introduces_itself_in_another_way_is_left_alone(
     clock: Clock, odd: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, _ = federation(clock, FakeClient(1, "a/0", odd=odd), FakeClient(2, "b/0"), count=1)
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     assert places(ours) == {2: 0}
     assert "a client could not join: it does not introduce itself as client.py does" in capsys.readouterr().out
 
@@ -416,11 +418,11 @@ def test_a_client_that_introduces_itself_in_another_way_is_left_alone(
 def test_a_node_that_has_been_away_is_greeted_again(clock: Clock, name: str, wanted: int, partitions: int) -> None:
     first = FakeClient(1, name, wanted, partitions)
     ours, grid = federation(clock, first, FakeClient(2, "b/0", joins_after=1))
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     del grid.online[1]
-    ours.greet()
+    ours.roster.poll_new_nodes()
     grid.online[1] = again = FakeClient(1, name, wanted, partitions)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert [len(client.of_type("query.join")) for client in (first, again)] == [1, 1]
     assert again.of_type("query.leave") == []
     assert places(ours) == {1: 0, 2: 1}
@@ -431,8 +433,8 @@ def test_order_depends_on_partitions_only(clock: Clock) -> None:
     clients = [FakeClient(node, f"h/{node}", wanted=i, partitions=4) for i, node in enumerate(nodes)]
     for order in (clients, clients[::-1], clients[2:] + clients[:2]):
         ours, _ = federation(clock, *order, count=4)
-        ours.wait_for(4)
-        assert ours.get_node_ids() == nodes
+        ours.roster.wait_for(4)
+        assert ours.get_node_ids() == [0, 1, 2, 3] and [places(ours)[node] for node in nodes] == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------ replies
@@ -441,7 +443,7 @@ def test_order_depends_on_partitions_only(clock: Clock) -> None:
 def test_a_message_is_the_strategys_with_the_place_of_the_client_added(clock: Clock) -> None:
     client = FakeClient(4, "a/0")
     ours, _ = federation(clock, client, count=1)
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     train(ours, server_round=3)
     (message,) = client.of_type(MessageType.TRAIN)
     assert message.content["config"]["server-round"] == 3
@@ -453,7 +455,7 @@ def test_a_message_is_the_strategys_with_the_place_of_the_client_added(clock: Cl
 def test_what_one_client_is_sent_is_not_sent_to_another(clock: Clock) -> None:
     clients = [FakeClient(node, f"h/{node}", joins_after=node / 10) for node in (1, 2, 3)]
     ours, _ = federation(clock, *clients, count=3)
-    ours.wait_for(3)
+    ours.roster.wait_for(3)
     train(ours)
     assert [client.of_type("train")[0].content["client"]["position"] for client in clients] == [0, 1, 2]
     rows = [rows_of(client.of_type("train")[0]) for client in clients]
@@ -464,16 +466,16 @@ def test_replies_come_in_order_of_partition_whatever_the_order_of_arrival(clock:
     delays = [3.0, 0.5, 2.0, 0.0]
     clients = [FakeClient(i + 1, f"h/{i}", i, 4, answers_after=delay) for i, delay in enumerate(delays)]
     ours, _ = federation(clock, *clients[::-1], count=4)
-    ours.wait_for(4)
+    ours.roster.wait_for(4)
     assert train(ours) == [0, 1, 2, 3]
 
 
 def test_errors_are_dropped_said_and_counted(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     ours, _ = federation(clock, FakeClient(1, "a/0", fails="out of memory"), FakeClient(2, "b/0", joins_after=1))
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert train(ours) == [1]
-    assert ours.tally()["dropped"] == 1
-    assert ours.tally()["dropped"] == 0
+    assert ours.pop_counters()["dropped"] == 1
+    assert ours.pop_counters()["dropped"] == 0
     assert "client 0 (a/0) is left out: out of memory" in capsys.readouterr().out
     assert train(ours, 2) == [1], "it is asked again in the next round"
 
@@ -481,28 +483,28 @@ def test_errors_are_dropped_said_and_counted(clock: Clock, capsys: pytest.Captur
 def test_a_client_that_leaves_while_it_is_asked_is_not_waited_for(clock: Clock) -> None:
     silent = FakeClient(1, "a/0", answers_after=math.inf)
     ours, grid = federation(clock, silent, FakeClient(2, "b/0", joins_after=1, answers_after=2))
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     started = clock.now
     clock.at(started + 5, lambda: grid.online.pop(1))
     assert train(ours) == [1]
-    assert 5 <= clock.now - started <= 5 + roster.PRESENCE + 2 * roster.POLL
-    assert ours.tally()["dropped"] == 1
+    assert 5 <= clock.now - started <= 5 + client_grid.PRESENCE + 2 * roster.POLL
+    assert ours.pop_counters()["dropped"] == 1
 
 
 def test_clients_that_go_before_they_are_asked_are_dropped_and_counted(clock: Clock) -> None:
     ours, grid = federation(clock, *(FakeClient(i, f"h/{i}", i, 3) for i in range(3)), count=3)
-    ours.wait_for(3)
+    ours.roster.wait_for(3)
     messages = FedAvg(min_available_nodes=1).configure_train(1, MODEL, ConfigRecord(), ours)
     grid.online = {2: grid.online[2]}
-    replies = ours.ask(messages, "training")
-    assert [reply.metadata.src_node_id for reply in replies] == [2]
-    assert ours.tally()["dropped"] == 2
+    replies = ours.send_and_receive(messages)
+    assert [reply.metadata.src_node_id for reply in replies] == [places(ours)[2]]
+    assert ours.pop_counters()["dropped"] == 2
 
 
 def test_a_reply_that_arrived_counts_even_if_its_client_has_gone_since(clock: Clock) -> None:
     quick = FakeClient(1, "a/0", answers_after=1)
     ours, grid = federation(clock, quick, FakeClient(2, "b/0", joins_after=1, answers_after=8))
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     clock.at(clock.now + 3, lambda: grid.online.pop(1))
     assert train(ours) == [0, 1]
 
@@ -510,18 +512,18 @@ def test_a_reply_that_arrived_counts_even_if_its_client_has_gone_since(clock: Cl
 def test_nobody_is_waited_for_beyond_the_timeout(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     slow = FakeClient(1, "a/0", answers_after=math.inf)
     ours, _ = federation(clock, slow, FakeClient(2, "b/0", joins_after=1), round_timeout=7)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     started = clock.now
     assert train(ours) == [1]
     assert 7 <= clock.now - started <= 7 + roster.POLL
-    assert ours.tally()["dropped"] == 1
+    assert ours.pop_counters()["dropped"] == 1
     assert "client 0 (a/0) is left out: no reply within 7 s" in capsys.readouterr().out
 
 
 def test_a_late_reply_is_not_taken_for_one_of_the_next_round(clock: Clock) -> None:
     slow = FakeClient(1, "a/0", answers_after=9)
     ours, _ = federation(clock, slow, FakeClient(2, "b/0", joins_after=1), round_timeout=7)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     assert train(ours, 1) == [1]
     slow.answers_after = 3
     assert train(ours, 2) == [0, 1]
@@ -531,12 +533,12 @@ def test_a_late_reply_is_not_taken_for_one_of_the_next_round(clock: Clock) -> No
 def test_every_message_names_the_rows_so_that_no_client_need_remember_them(clock: Clock) -> None:
     client = FakeClient(1, "a/0", fails="busy")
     ours, grid = federation(clock, client, count=1)
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     for client.fails in ("busy", "", ""):
         train(ours)
     again = FakeClient(2, "a/0")
     grid.online = {2: again}
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     train(ours)
     told = [rows_of(message) for message in (*client.of_type("train"), *again.of_type("train"))]
     assert told == 4 * [list(range(20))]
@@ -547,10 +549,10 @@ def test_a_mask_is_a_bit_per_sample_and_decodes_to_the_rows(clock: Clock, sample
     data = (np.zeros(samples), np.arange(samples)), (np.zeros(samples + 3), np.arange(samples + 3))
     grid = FakeGrid(clock, [])
     for partitions in {1, min(samples, 3), min(samples, 8)}:
-        ours = Roster(grid, checked({"num-clients": partitions}), "/data", data)
+        ours = ClientGrid(grid, Roster(grid, checked({"num-clients": partitions}), "/data", data))
         for split, size in (("train", samples), ("test", samples + 3)):
-            for rows in ours.parts[split]:
-                mask = ours.mask(split, rows)
+            for rows in ours.roster.parts[split]:
+                mask = ours._mask(split, rows)
                 assert (mask.dtype, mask.nbytes) == (np.uint8, math.ceil(size / 8))
                 assert np.flatnonzero(np.unpackbits(mask, count=size)).tolist() == rows.tolist()
 
@@ -559,14 +561,15 @@ def own_samples(mask: ArrayRecord | None, digest: str = "") -> list[int]:
     """Return the labels that a real client takes of the test samples, on being told `mask`."""
     settings = ConfigRecord({"data": "", "digest": digest or data_digest(DATA)})
     content = RecordDict({"client": settings} | ({"rows": mask} if mask else {}))
-    task: Any = SimpleNamespace(load_data=lambda root: DATA)
+    task: Any = ModuleType("task")
+    task.load_data = lambda root: DATA
     message = Message(content, 1, MessageType.EVALUATE)
     return client_app.own_samples("test", task, message, Context(1, 1, {}, RecordDict(), {}))[1].tolist()
 
 
 def test_a_client_takes_the_samples_of_its_mask_and_refuses_one_for_other_data(clock: Clock) -> None:
     ours, _ = federation(clock)
-    mask = ArrayRecord({"mask": Array(ours.mask("test", np.array([0, 8, 11], np.int32)))})
+    mask = ArrayRecord({"mask": Array(ours._mask("test", np.array([0, 8, 11], np.int32)))})
     assert own_samples(mask) == [0, 8, 11]
     assert own_samples(None) == list(range(12)), "without a mask, all are its own"
     with pytest.raises(ValueError, match="the data here are not the server's any more; start"):
@@ -576,20 +579,152 @@ def test_a_client_takes_the_samples_of_its_mask_and_refuses_one_for_other_data(c
 def test_bytes_are_counted_both_ways(clock: Clock) -> None:
     clients = [FakeClient(node, f"h/{node}", joins_after=node / 10) for node in (1, 2)]
     ours, _ = federation(clock, *clients)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     for server_round in (1, 2):
         train(ours, server_round)
         masks = sum(weights.size(client.of_type("train")[-1].content["rows"]) for client in clients)
         model = weights.size(MODEL)
         assert masks == 2 * len(Array(np.zeros(3, np.uint8)).data), "20 samples are 3 bytes and NumPy's header"
-        assert ours.tally() == {"dropped": 0, "bytes_down": 2 * model + masks, "bytes_up": 2 * model}
-    assert ours.tally() == {"dropped": 0, "bytes_down": 0, "bytes_up": 0}
+        assert ours.pop_counters() == {"dropped": 0, "bytes_down": 2 * model + masks, "bytes_up": 2 * model}
+    assert ours.pop_counters() == {"dropped": 0, "bytes_down": 0, "bytes_up": 0}
 
 
 def test_asking_nobody_returns_at_once(clock: Clock) -> None:
     ours, _ = federation(clock)
-    assert ours.ask([], "testing") == []
+    assert ours.send_and_receive([]) == []
     assert clock.now == 0
+
+
+# ------------------------------------------------------------------------------------- nodes that play several clients
+
+
+def replies_of(node: FakeClient, message: Message, change: Callable[[int, bundle.Content], bundle.Content]) -> Message:
+    """Return what a node that plays several clients replies, with the content for each of them changed by `change`."""
+    contents = []
+    for content in bundle.unpack(message.content):
+        assert isinstance(content, RecordDict)
+        alone = Message(content, node.node, message.metadata.message_type)
+        contents.append(change(int(content["client"]["position"]), FakeClient.answer(node, alone).content))
+    return Message(bundle.pack(contents), reply_to=message)
+
+
+@dataclass
+class FakeNode(FakeClient):
+    """A node that plays several clients. `change` is what it makes of the replies of each, by position."""
+
+    change: Callable[[int, bundle.Content], bundle.Content] = lambda position, content: content
+
+    def answer(self, message: Message) -> Message:
+        if bundle.INDEX not in message.content:
+            return super().answer(message)
+        return replies_of(self, message, self.change)
+
+
+def test_a_node_of_several_clients_gets_one_message_and_the_strategy_does_not_notice(clock: Clock) -> None:
+    alone, many = FakeClient(1, "a/0", wanted=0, partitions=5), FakeNode(2, "b/0", clients=4, joins_after=1)
+    ours, _ = federation(clock, alone, many, count=5)
+    ours.roster.wait_for(5)
+    assert ours.get_node_ids() == [0, 1, 2, 3, 4] == train(ours)
+    (message,) = many.of_type("train")
+    contents = bundle.unpack(message.content)
+    assert sorted(content["client"]["position"] for content in contents) == [1, 2, 3, 4]
+    rows = [rows_of(Message(content, 2, "train")) for content in contents] + [rows_of(alone.of_type("train")[0])]
+    assert sorted(chain(*rows)) == list(range(20))
+    assert len(message.content.array_records) == 2, "the model, and the rows of all"
+
+
+def test_a_bad_reply_of_a_bundle_is_dropped_alone(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    def spoil(position: int, content: bundle.Content) -> bundle.Content:
+        assert isinstance(content, RecordDict)
+        if position == 1:
+            content["arrays"] = ArrayRecord({"w": Array(np.full(4, np.nan, np.float32))})
+        return "out of memory" if position == 3 else content
+
+    ours, _ = federation(clock, FakeNode(1, "a/0", clients=5, change=spoil), count=5)
+    ours.roster.wait_for(5)
+    assert train(ours) == [0, 2, 4] and ours.pop_counters()["dropped"] == 2
+    said = capsys.readouterr().out
+    assert "client 1 (a/0) is left out: w is not finite" in said
+    assert "client 3 (a/0) is left out: out of memory" in said
+
+
+@pytest.mark.parametrize("reply", [RecordDict(), RecordDict({"bundle": ConfigRecord({"json": "{}"})}),
+                                   bundle.pack([RecordDict()]), bundle.pack(["no"] * 30)], ids=range(4))  # fmt: skip
+def test_a_bundle_that_cannot_be_read_costs_its_node_only(
+    clock: Clock, reply: RecordDict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = FakeNode(1, "a/0", clients=11)
+    broken.answer = lambda message: (  # type: ignore[method-assign]
+        Message(reply, reply_to=message) if bundle.INDEX in message.content else FakeClient.answer(broken, message)
+    )
+    ours, _ = federation(clock, broken, FakeClient(2, "b/0", joins_after=1), count=12)
+    ours.roster.wait_for(12)
+    assert train(ours) == [11] and ours.pop_counters()["dropped"] == 11
+    assert "11 clients are left out: " in capsys.readouterr().out, "and not a line for each"
+
+
+def test_a_node_that_leaves_takes_its_clients_with_it_and_they_get_their_partitions_back(clock: Clock) -> None:
+    nodes = FakeNode(1, "a/0", clients=2), FakeNode(2, "b/0", clients=3, joins_after=1, answers_after=math.inf)
+    ours, grid = federation(clock, *nodes, count=5)
+    ours.roster.wait_for(5)
+    clock.at(clock.now + 5, lambda: grid.online.pop(2))
+    assert train(ours) == [0, 1] and ours.pop_counters()["dropped"] == 3 and ours.get_node_ids() == [0, 1]
+    grid.online[9] = FakeNode(9, "b/0", clients=3)
+    ours.roster.wait_for(5)
+    assert train(ours) == [0, 1, 2, 3, 4]
+    assert {c.position for c in ours.roster.clients.values() if c.node == 9} == {2, 3, 4}
+
+
+def test_a_node_that_comes_back_with_fewer_clients_leaves_partitions_free(clock: Clock) -> None:
+    ours, grid = federation(clock, FakeNode(1, "a/0", clients=3), count=4)
+    ours.roster.wait_for(3)
+    del grid.online[1]
+    ours.roster.poll_new_nodes()
+    grid.online[1] = FakeNode(1, "a/0", clients=2)
+    ours.roster.wait_for(2)
+    assert ours.get_node_ids() == [0, 1]
+    grid.online |= {2: FakeClient(2, "b/0"), 3: FakeClient(3, "c/0", joins_after=1)}
+    ours.roster.wait_for(4)
+    assert places(ours)[3] == 2 or places(ours)[2] == 2
+
+
+def test_more_clients_than_partitions_are_refused(clock: Clock) -> None:
+    many = FakeNode(1, "a/0", clients=3)
+    ours, grid = federation(clock, many, FakeClient(2, "b/0", joins_after=20), count=2)
+    ours.roster.wait_for(1)
+    assert_refused(grid, ours, many, "all 2 partitions are taken")
+
+
+def test_several_clients_of_a_node_cannot_have_data_of_its_own(clock: Clock) -> None:
+    many = FakeNode(1, "a/0", clients=3, data="another digest")
+    ours, grid = federation(clock, many, FakeClient(2, "b/0", joins_after=20), count=2)
+    ours.roster.wait_for(1)
+    assert_refused(grid, ours, many, "it plays 3 clients, but its data are not a copy of the server's")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "clients", "shares"), [(2, 10, [5, 5]), (3, 10, [4, 3, 3]), (1, 4, [4]), (4, 2, [1] * 4)]
+)
+def test_nodes_of_a_simulation_share_the_clients(clock: Clock, nodes: int, clients: int, shares: list[int]) -> None:
+    """With more nodes than clients there are as many clients as nodes, as Flower users expect of `flwr run`."""
+    engine = [FakeNode(100 + i, "", wanted=i, partitions=nodes) for i in range(nodes)]
+    ours, _ = federation(clock, *engine, count=clients)
+    ours.roster.wait_for(max(nodes, clients))
+    assert train(ours) == list(range(max(nodes, clients)))
+    held = [[c.position for c in ours.roster.clients.values() if c.node == node.node] for node in engine]
+    assert [len(positions) for positions in held] == shares
+    assert all(position % nodes == i for i, positions in enumerate(held) for position in positions)
+
+
+def test_a_strategy_may_use_it_as_any_other_grid(clock: Clock) -> None:
+    ours, _ = federation(clock, FakeNode(1, "a/0", clients=2), count=2)
+    ours.roster.wait_for(2)
+    content = RecordDict({"arrays": MODEL, "config": ConfigRecord({"server-round": 1})})
+    messages = [ours.create_message(content, MessageType.TRAIN, client, "1") for client in ours.get_node_ids()]
+    ids = ours.push_messages(messages)
+    replies = ours.pull_messages(ids[1:]) + ours.pull_messages(ids)
+    assert isinstance(ours, Grid) and len(set(ids)) == 2
+    assert sorted(reply.metadata.src_node_id for reply in replies) == [0, 1] and ours.pull_messages(ids) == []
 
 
 # ----------------------------------------------------------------------------------------------------- sampling
@@ -599,11 +734,11 @@ def sampled(clock: Clock, nodes: list[int], seed: int, server_round: int) -> lis
     """Return which positions FedAvg samples, in its order, where node i of `nodes` holds partition i."""
     clients = [FakeClient(node, f"h/{node}", i, len(nodes)) for i, node in enumerate(nodes)]
     ours, _ = federation(clock, *sorted(clients, key=lambda client: client.node), count=len(nodes))
-    ours.wait_for(len(nodes))
+    ours.roster.wait_for(len(nodes))
     strategy = FedAvg(fraction_train=0.5, min_train_nodes=1, min_available_nodes=1)
     seed_sampling(seed, server_round)
     messages = strategy.configure_train(server_round, MODEL, ConfigRecord(), ours)
-    return [places(ours)[message.metadata.dst_node_id] for message in messages]
+    return [message.metadata.dst_node_id for message in messages]
 
 
 def test_sampling_is_a_function_of_seed_and_round_whatever_the_node_ids(clock: Clock) -> None:
@@ -628,25 +763,25 @@ def test_sampling_changes_with_round_and_seed(clock: Clock) -> None:
 def test_all_are_told_the_end_and_it_waits_until_they_have_gone(clock: Clock, error: str) -> None:
     clients = [FakeClient(node, f"h/{node}", joins_after=node / 10) for node in (1, 2)]
     ours, grid = federation(clock, *clients)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     started = clock.now
-    ours.send_away(error)
+    ours.roster.end_session(error)
     assert [str(c.of_type("query.leave")[0].content["goodbye"]["error"]) for c in clients] == [error, error]
     assert grid.online == {} and clock.now - started <= 1 + roster.POLL
 
 
 def test_one_who_stays_is_not_waited_for_for_ever(clock: Clock) -> None:
     ours, _ = federation(clock, FakeClient(1, "a/0", stays=True), count=1)
-    ours.wait_for(1)
+    ours.roster.wait_for(1)
     started = clock.now
-    ours.send_away()
+    ours.roster.end_session()
     assert clock.now - started <= 15 + roster.POLL
 
 
 def test_simulated_clients_which_have_no_name_are_not_waited_for(clock: Clock) -> None:
     clients = [FakeClient(node, "", wanted=i, partitions=2, stays=True) for i, node in enumerate((1, 2))]
     ours, _ = federation(clock, *clients)
-    ours.wait_for(2)
+    ours.roster.wait_for(2)
     started = clock.now
-    ours.send_away()
+    ours.roster.end_session()
     assert clock.now == started and all(client.of_type("query.leave") == [] for client in clients)

@@ -21,7 +21,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 
 import server
-from federation import console, picture, roster, weights
+from federation import client_grid, console, picture, weights
 from federation.checkpoint import checkpoints
 from federation.folder import own
 from tests.conftest import ROOT
@@ -266,7 +266,9 @@ def test_a_run_waits_where_fewer_clients_are_left_than_it_needs(
 ) -> None:  # fmt: skip
     away: set[int] = set()
     untroubled = whole()
-    monkeypatch.setattr(roster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: s and away.clear()))
+    monkeypatch.setattr(
+        client_grid, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: s and away.clear())
+    )
     monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: sorted(set(grid.contexts) - away))
 
     def tamper(reply: Message) -> None:

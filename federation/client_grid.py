@@ -1,0 +1,254 @@
+"""A Flower Grid whose nodes are clients, on top of the Grid of the nodes that play them.
+
+A strategy samples from it and sends through it as from any other Grid, and need not know that a node may play several
+clients. Their messages to and from one node travel as one bundle. It adds to each message what differs from client to
+client, and returns only replies that can be aggregated.
+"""
+
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from federation import bundle, partition, weights
+from federation.console import reason, say, tell
+from federation.roster import POLL, Client, Roster
+from federation.strategy import check_reply
+
+PRESENCE = 2.0  # seconds between two looks at who is still there
+MOST_LISTED = 10  # clients with the same reason
+DOING = {MessageType.TRAIN: "training", MessageType.EVALUATE: "testing"}
+
+
+@dataclass
+class Sent:
+    """A message that is on its way to a node, and the clients' messages that it carries, by their ids."""
+
+    node: int
+    questions: dict[str, Message]
+    is_bundle: bool
+
+
+@dataclass
+class Exchange:
+    """Messages that are sent and waited for together."""
+
+    count: int
+    pending: dict[str, Message]  # the questions without a reply, by their ids
+    good: list[Message] = field(default_factory=list)
+    rejected: dict[str, list[int]] = field(default_factory=dict)  # positions by reason
+
+    def reject(self, question: Message, why: str) -> None:
+        self.rejected.setdefault(why, []).append(question.metadata.dst_node_id)
+
+
+class ClientGrid(Grid):
+    """The clients of a Roster as the nodes of a Grid. A client's node id is its position."""
+
+    def __init__(self, grid: Grid, roster: Roster) -> None:
+        self.grid, self.roster, self.config = grid, roster, roster.config
+        self.sent: dict[str, Sent] = {}  # by the id of the node's message
+        self.replies: dict[str, Message] = {}  # that nobody has pulled yet, by the ids of the clients' messages
+        self.dropped = self.bytes_down = self.bytes_up = 0
+
+    def set_run(self, run: Any) -> None:
+        self.grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self.grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the positions of the clients that are online, in ascending order.
+
+        Sampling therefore does not depend on the ids of nodes, which differ between runs.
+        """
+        return [client.position for client in self.roster.present()]
+
+    # ---------------------------------------------------------------------------------------------------- sending
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Send each client its message and return the ids, "" for a client that has left."""
+        batches: dict[tuple[int, str, str], dict[int, Message]] = {}  # what travels together, by place in `messages`
+        for place, message in enumerate(messages):
+            to = message.metadata
+            node = self.roster.clients[to.dst_node_id].node
+            batches.setdefault((node, to.message_type, to.group_id), {})[place] = message
+        ids: dict[int, str] = {}
+        wrapped = [self._wrap(key, [*batch.values()]) for key, batch in batches.items()]
+        sent = zip(self.grid.push_messages(wrapped), wrapped, batches.values(), strict=True)
+        for identity, message, batch in sent:
+            own = {place: f"{identity}/{place}" if identity else "" for place in batch}
+            ids |= own
+            if identity:
+                questions = {own[place]: question for place, question in batch.items()}
+                is_bundle = bundle.INDEX in message.content
+                self.sent[identity] = Sent(message.metadata.dst_node_id, questions, is_bundle)
+        return [ids[place] for place in range(len(ids))]
+
+    def _wrap(self, key: tuple[int, str, str], questions: list[Message]) -> Message:
+        """Return the message to a node that carries the questions to its clients."""
+        clients = [self.roster.clients[question.metadata.dst_node_id] for question in questions]
+        contents = [self._address(*pair) for pair in zip(clients, questions, strict=True)]
+        self.bytes_down += sum(weights.size(a) for content in contents for a in content.array_records.values())
+        content = bundle.pack(contents) if clients[0].shares_node else contents[0]
+        node, message_type, group_id = key
+        return Message(content, node, message_type, group_id=group_id)
+
+    def _address(self, client: Client, question: Message) -> RecordDict:
+        """Return the content of a strategy's message, and what differs from client to client."""
+        content = RecordDict(dict(question.content))
+        content["client"] = ConfigRecord(
+            {"position": client.position, "data": self.roster.root, "digest": self.roster.digest}
+        )
+        if client.rows:
+            split = "train" if question.metadata.message_type == MessageType.TRAIN else "test"
+            content["rows"] = ArrayRecord({"mask": Array(self._mask(split, client.rows[split]))})
+        return content
+
+    def _mask(self, split: str, rows: partition.Rows) -> NDArray[np.uint8]:
+        """Return a bit for each sample of a split: small enough for every message, so that no client need remember."""
+        chosen = np.zeros(len(self.roster.labels[split == "test"]), bool)
+        chosen[rows] = True
+        return np.packbits(chosen)
+
+    # -------------------------------------------------------------------------------------------------- receiving
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies to some messages that have arrived. Each has its client as its `src_node_id`."""
+        return [*self._pull(list(message_ids)).values()]
+
+    def _pull(self, ids: list[str]) -> dict[str, Message]:
+        wanted = {identity.partition("/")[0] for identity in ids} & self.sent.keys()
+        for reply in self.grid.pull_messages(list(wanted)) if wanted else ():
+            sent = self.sent.pop(reply.metadata.reply_to_message_id)
+            self.replies |= zip(sent.questions, _unwrap(reply, sent), strict=True)
+        return {identity: self.replies.pop(identity) for identity in ids if identity in self.replies}
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Send `messages` and return the good replies, in order of position, whatever order they came in.
+
+        Waits for `timeout` seconds at most (default: `round-timeout`), and not for clients that have left.
+        """
+        timeout = self.config["round-timeout"] if timeout is None else timeout
+        exchange = self._begin(list(messages))
+        deadline, look = time.monotonic() + timeout, 0.0
+        while exchange.pending:
+            self._receive(exchange)
+            if time.monotonic() > look:
+                look = time.monotonic() + PRESENCE
+                self._reject_absent(exchange)
+            if time.monotonic() > deadline:
+                self._reject_late(exchange, timeout)
+            time.sleep(POLL if exchange.pending else 0)
+        self._report_rejected(exchange)
+        return sorted(exchange.good, key=lambda reply: reply.metadata.src_node_id)
+
+    def _begin(self, questions: list[Message]) -> Exchange:
+        pairs = [*zip(self.push_messages(questions), questions, strict=True)]
+        exchange = Exchange(len(questions), {identity: question for identity, question in pairs if identity})
+        for question in (question for identity, question in pairs if not identity):
+            exchange.reject(question, "it has left")
+        return exchange
+
+    def _receive(self, exchange: Exchange) -> None:
+        """Take the replies that have arrived, and show progress."""
+        for identity, reply in self._pull([*exchange.pending]).items():
+            question = exchange.pending.pop(identity)
+            client = self.roster.clients[question.metadata.dst_node_id]
+            try:
+                check_reply(question, reply, client.samples, exactly=client.rows is not None)
+            except ValueError as error:
+                exchange.reject(question, str(error))
+                continue
+            self.bytes_up += sum(weights.size(arrays) for arrays in reply.content.array_records.values())
+            exchange.good.append(reply)
+            doing = DOING.get(question.metadata.message_type, "waiting")
+            tell(progress=(exchange.count - len(exchange.pending), exchange.count), doing=doing)
+
+    def _reject_absent(self, exchange: Exchange) -> None:
+        online = set(self.grid.get_node_ids())
+        for identity in [identity for identity, sent in self.sent.items() if sent.node not in online]:
+            for own in self.sent.pop(identity).questions.keys() & exchange.pending.keys():
+                exchange.reject(exchange.pending.pop(own), "it has left")
+
+    def _reject_late(self, exchange: Exchange, timeout: float) -> None:
+        for identity, question in exchange.pending.items():
+            self.sent.pop(identity.partition("/")[0], None)
+            exchange.reject(question, f"no reply within {timeout:g} s")
+        exchange.pending.clear()
+
+    def _report_rejected(self, exchange: Exchange) -> None:
+        """Print who is left out and why; clients that share a reason with many others are not listed one by one."""
+        for why, positions in exchange.rejected.items():
+            self.dropped += len(positions)
+            if len(positions) > MOST_LISTED:
+                say(f"{len(positions)} clients are left out: {why}")
+                continue
+            for position in sorted(positions):
+                name = self.roster.clients[position].name
+                say(f"client {position}{f' ({name})' * bool(name)} is left out: {why}")
+
+    def pop_counters(self) -> dict[str, int]:
+        """Return what has been counted since the last call: rejected replies, and bytes to and from all clients."""
+        counts = {"dropped": self.dropped, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+        self.dropped = self.bytes_down = self.bytes_up = 0
+        return counts
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def train(self, strategy: Strategy, server_round: int, arrays: ArrayRecord) -> list[Message]:
+        """Return the replies of the clients that `strategy` asks to train; ask again where too few of them are good.
+
+        Raises RuntimeError after `retries`.
+        """
+        for attempt in range(self.config["retries"] + 1):
+            self.roster.wait_for(self.config["min-clients"])
+            seed_sampling(self.config["seed"], server_round, attempt)
+            questions = list(strategy.configure_train(server_round, arrays, ConfigRecord(), self))
+            replies = self.send_and_receive(questions)
+            needed = min(len(questions), self.config["min-clients"])
+            if len(replies) >= needed:
+                return replies
+            say(f"round {server_round}: {len(replies)} of {len(questions)} models are good, {needed} needed")
+        raise RuntimeError(f"round {server_round}: too few good models, even after {self.config['retries']} retries")
+
+
+def _unwrap(reply: Message, sent: Sent) -> list[Message]:
+    """Return the replies of a node's clients."""
+    contents: list[bundle.Content]
+    try:
+        if reply.has_error():
+            raise ValueError(reply.error.reason)
+        contents = bundle.unpack(reply.content) if sent.is_bundle else [reply.content]
+        if len(contents) != len(sent.questions):
+            raise ValueError(f"{len(contents)} replies to {len(sent.questions)} messages")
+    except Exception as error:  # an untrusted reply must never stop the run
+        contents = [reason(error)] * len(sent.questions)
+    return [_reply(content, question) for content, question in zip(contents, sent.questions.values(), strict=True)]
+
+
+def _reply(content: bundle.Content, question: Message) -> Message:
+    if isinstance(content, str):
+        return Message(Error(0, content), reply_to=question)
+    return Message(content, reply_to=question)
+
+
+def seed_sampling(seed: int, server_round: int, attempt: int = 0) -> None:
+    """Make the strategy's choice of clients a function of seed and round: it draws from Python's generator.
+
+    A round that is tried again may choose others.
+    """
+    random.seed(f"{seed} {server_round}" + f" {attempt}" * bool(attempt))
