@@ -58,7 +58,7 @@ def host_run(
     """
     direct = not federation_config and not tls and is_loopback(address[0])
     inside = address if direct else ("127.0.0.1", free_port())
-    environment = hide_tensorflow.environment() if simulated_clients else {}
+    environment = hide_tensorflow.environment() if federation_config else {}
     with session(Path(str(run_config["out"])) / "log.txt", **environment) as ours:
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         ca = start_superlink(ours, inside, federation_config is not None, register is not None)
