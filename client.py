@@ -17,13 +17,14 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federation import certificates, launch, network, weights
+from federation import certificates, hide_tensorflow, launch, network, weights
 from federation.config import checked
 from federation.console import say, tell
 from federation.mods import explain, play_clients
 from federation.task import build_net, client_seed, load_task, open_data, source_digest
 
 app = ClientApp(mods=[play_clients, explain])
+hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them
 
 
 @app.train()

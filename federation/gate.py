@@ -1,6 +1,6 @@
 """The gate: what of a SuperLink other machines can reach.
 
-A SuperLink of Flower 1.41 serves three APIs on one port. The one for clients may ask for their keys; but the one that
+A SuperLink of Flower 1.42 serves three APIs on one port. The one for clients may ask for their keys; but the one that
 starts runs, and registers keys, asks nobody who they are. So where others can connect, the SuperLink listens to this
 machine only, and the gate, in front of it, passes on the calls of clients and nothing else. It also ends TLS.
 """

@@ -18,7 +18,7 @@ from threading import Thread
 import filelock
 import psutil
 
-from federation import certificates
+from federation import certificates, hide_tensorflow
 from federation.admission import Register
 from federation.config import Config
 from federation.console import FOLDER
@@ -58,7 +58,8 @@ def host_run(
     """
     direct = not federation_config and not tls and is_loopback(address[0])
     inside = address if direct else ("127.0.0.1", free_port())
-    with session(Path(str(run_config["out"])) / "log.txt") as ours:
+    environment = hide_tensorflow.environment() if federation_config else {}
+    with session(Path(str(run_config["out"])) / "log.txt", **environment) as ours:
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         ca = start_superlink(ours, inside, federation_config is not None, register is not None)
         if register:
@@ -143,7 +144,7 @@ def bundle(folder: Path, task: str) -> Path:
 
     Of the whole project, Flower would ship every script, and look through all environments in it first.
     """
-    ours = [ROOT / name for name in ("pyproject.toml", "client.py", "server.py")] + [*ROOT.glob("federation/*.py")]
+    ours = [ROOT / name for name in ("pyproject.toml", "client.py", "server.py")] + [*ROOT.glob("federation/**/*.py")]
     for name, path in (sources(load_task(task)) | {str(path.relative_to(ROOT)): path for path in ours}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)

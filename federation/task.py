@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from federation import hide_tensorflow
 from federation.console import FOLDER, reason
 
 CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the arguments that it is called with
@@ -32,6 +33,7 @@ def load_task(name: str) -> ModuleType:
     """
     if FOLDER in os.environ and os.environ[FOLDER] not in sys.path:
         sys.path.insert(0, os.environ[FOLDER])
+    hide_tensorflow.reveal()
     try:
         task = importlib.import_module(name)
     except SystemExit as error:

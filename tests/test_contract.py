@@ -1,6 +1,7 @@
 """What the parts promise one another, read off the source: a plain script, thin wrappers, no engine of our own."""
 
 import ast
+import itertools
 import re
 import sys
 import tomllib
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
 
 import cifar
 from federation import launch
@@ -23,7 +25,7 @@ from tests.conftest import ROOT
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 TOP = ["cifar.py", "client.py", "server.py"]
-OURS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("federation/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+OURS = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("federation/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 FRAMEWORKS = {"torch", "torchvision", "jax", "flax", "optax", "keras", "tensorflow"}
 PRIVATE = re.compile(r"flwr\.(common|client|server|simulation|compat|super\w+|proto|cli)\b|flwr\.(\w+\.)*_")
 DEPRECATED = {"start_server", "start_client", "start_numpy_client", "start_simulation", "run_simulation"}
@@ -111,11 +113,23 @@ def test_clients_get_the_app_and_the_task_with_what_it_imports_and_nothing_else(
             del sys.modules[name]  # as in a process that has not yet imported anything of the project
         launch.bundle(tmp_path, "benchmarks.niid_bench")
     bundled = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    app = {"pyproject.toml", "client.py", "server.py", *(f"federation/{p.name}" for p in ROOT.glob("federation/*.py"))}
+    app = {"pyproject.toml", "client.py", "server.py"}
+    app |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("federation/**/*.py")}
     assert bundled == app | {"benchmarks/niid_bench.py", "cifar.py"}
     assert PYPROJECT["tool"]["flwr"]["app"]["fab-include"] == ["**/*.py"], "as flwr run has it: whatever is not ignored"
     components = PYPROJECT["tool"]["flwr"]["app"]["components"]
     assert components == {"serverapp": "server:app", "clientapp": "client:app"}
+
+
+def test_the_lock_file_has_a_version_for_each_requirement_and_names_no_registry() -> None:
+    lock = tomllib.loads((ROOT / "poetry.lock").read_text("utf-8"))
+    locked = {package["name"]: package["version"] for package in lock["package"]}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    for line in [*PYPROJECT["project"]["dependencies"], *itertools.chain(*extras.values())]:
+        required = Requirement(line)
+        assert locked[required.name] in required.specifier
+    assert set(lock["extras"]) == set(extras)
+    assert not any("source" in package for package in lock["package"])
 
 
 def test_requirements_agree_with_pyproject() -> None:
