@@ -22,7 +22,7 @@ from federation import certificates
 from federation.admission import Register
 from federation.config import Config
 from federation.console import FOLDER
-from federation.network import Address, LaunchError, free_port, is_loopback, is_up, shown
+from federation.network import Address, LaunchError, free_port, is_up, shown
 from federation.session import ROOT, Session, relay, session
 from federation.task import load_task, sources
 
@@ -54,8 +54,7 @@ def host_run(address: Address, run_config: Config, simulated_clients: int = 0, t
     With `simulated_clients`, Flower's Simulation Engine plays that many clients, each on one core. With `tls`, the
     folder of a server's certificate, clients are served over TLS, and if it has a folder `clients`, only those.
     """
-    direct = not simulated_clients and not tls and is_loopback(address[0])
-    inside = address if direct else ("127.0.0.1", free_port())
+    inside = "127.0.0.1", free_port()
     with session(Path(str(run_config["out"])) / "log.txt") as ours:
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         ca = start_superlink(ours, inside, simulated_clients > 0, register is not None)
@@ -63,7 +62,7 @@ def host_run(address: Address, run_config: Config, simulated_clients: int = 0, t
             register.update()
             register.show()
             Thread(target=register.watch, daemon=True).start()
-        if not direct and not simulated_clients:
+        if not simulated_clients:
             start_gate(ours, address, inside, ca, tls)
         status = relay(submit(ours, run_config, simulated_clients), ours.log)
         if status is None:
@@ -98,7 +97,7 @@ def start_superlink(ours: Session, address: Address, simulates: bool, knows_clie
 def start_gate(
     ours: Session, address: Address, superlink: Address, superlink_ca: Path | None, tls: Path | None
 ) -> None:
-    """Open the server to other machines: what they may ask of the SuperLink, and no more."""
+    """Open the server to clients: what they may ask of the SuperLink, and no more."""
     command = [sys.executable, "-P", str(ROOT / "federation" / "gate.py"), address[0], str(address[1])]
     command += [f"http{'s' * bool(superlink_ca)}://{shown(superlink)}"]
     command += ["--superlink-ca", str(superlink_ca)] if superlink_ca else []
