@@ -66,22 +66,24 @@ class Turns:
         self.hurried = self.waiting
 
 
-def gate(superlink: str, ca: Path | None = None) -> Starlette:
-    """Return an app that passes the calls of clients on to the SuperLink at that URL."""
-    verify = ssl.create_default_context(cafile=ca) if ca else False
-    limits = httpx.Limits(max_connections=None)  # or 100 that never finish their request would keep out all others
-    client = httpx.AsyncClient(base_url=superlink, verify=verify, timeout=None, trust_env=False, limits=limits)
-    client.headers.clear()  # it would ask for compressed answers, whatever the caller can read
+class Gate:
+    """Passes the calls of clients on to the SuperLink at a URL."""
 
-    turns = Turns()
+    def __init__(self, superlink: str, ca: Path | None) -> None:
+        verify = ssl.create_default_context(cafile=ca) if ca else False
+        limits = httpx.Limits(max_connections=None)  # or 100 that never finish their request would keep out all others
+        self.client = httpx.AsyncClient(base_url=superlink, verify=verify, timeout=None, trust_env=False, limits=limits)
+        self.client.headers.clear()  # it would ask for compressed answers, whatever the caller can read
+        self.turns = Turns()
 
-    async def pass_on(request: Request) -> Response:
+    async def pass_on(self, request: Request) -> Response:
+        """Answer one call."""
         call = request.path_params.get("call")
         if call is not None and not re.fullmatch("[a-z-]+", call):
             return PlainTextResponse("no such call", 404)
         path = f"/v1/fleet/{call}" if call else "/health"  # not from request.url, which the Host header is a part of
         try:
-            return await (hold(request, path, NOT_YET[call]) if call in NOT_YET else forward(request, path))
+            return await (self.hold(request, path, NOT_YET[call]) if call in NOT_YET else self.forward(request, path))
         except TooLargeError:
             return PlainTextResponse("too large", 413)
         except ClientDisconnect:
@@ -89,42 +91,46 @@ def gate(superlink: str, ca: Path | None = None) -> Starlette:
         except httpx.TransportError:
             return PlainTextResponse("the SuperLink does not answer", 502)
 
-    async def forward(request: Request, path: str) -> Response:
+    async def forward(self, request: Request, path: str) -> Response:
         """Pass on a request, and the answer piece by piece."""
-        answer = await ask(request, path, _limited(request))
+        answer = await self.ask(request, path, _limited(request))
         response = StreamingResponse(answer.aiter_raw(), answer.status_code, background=BackgroundTask(answer.aclose))
         response.raw_headers = _without(answer.headers.raw)
         return response
 
-    async def hold(request: Request, path: str, not_yet: bytes) -> Response:
+    async def hold(self, request: Request, path: str, not_yet: bytes) -> Response:
         """Pass on a request again and again until the answer is another one than `not_yet`, or time is over."""
         question = b"".join([piece async for piece in _limited(request)])
         deadline = time.monotonic() + HOLD
-        answer, content = await whole(request, path, question)
+        answer, content = await self.whole(request, path, question)
         while answer.status_code == 200 and content == not_yet and time.monotonic() < deadline:
-            await turns.next()
+            await self.turns.next()
             if await request.is_disconnected():  # a message for one who has gone would be lost
                 raise ClientDisconnect
-            answer, content = await whole(request, path, question)
+            answer, content = await self.whole(request, path, question)
             if content != not_yet:
-                turns.hurry()
+                self.turns.hurry()
         response = Response(content, answer.status_code)
         response.raw_headers = _without(answer.headers.raw)
         return response
 
-    async def whole(request: Request, path: str, question: bytes) -> tuple[httpx.Response, bytes]:
+    async def whole(self, request: Request, path: str, question: bytes) -> tuple[httpx.Response, bytes]:
         """Ask the SuperLink, and return its answer and the bytes of that, as they were sent."""
-        answer = await ask(request, path, question)
+        answer = await self.ask(request, path, question)
         try:
             return answer, b"".join([piece async for piece in answer.aiter_raw()])
         finally:
             await answer.aclose()
 
-    async def ask(request: Request, path: str, content: bytes | AsyncIterator[bytes]) -> httpx.Response:
+    async def ask(self, request: Request, path: str, content: bytes | AsyncIterator[bytes]) -> httpx.Response:
         headers = _without(request.headers.raw)
-        question = client.build_request(request.method, path, headers=headers, content=content)
-        return await client.send(question, stream=True)
+        question = self.client.build_request(request.method, path, headers=headers, content=content)
+        return await self.client.send(question, stream=True)
 
+
+def gate(superlink: str, ca: Path | None = None) -> Starlette:
+    """Return an app that passes the calls of clients on to the SuperLink at that URL."""
+    pass_on = Gate(superlink, ca).pass_on
     calls = [Route("/health", pass_on, methods=["GET"]), Route("/v1/fleet/{call}", pass_on, methods=["POST"])]
     app = Starlette(routes=calls)
     app.router.redirect_slashes = False
