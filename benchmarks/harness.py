@@ -91,7 +91,7 @@ def engine(name: str, simulation: bool, supernodes: int) -> Iterator[Session]:
     host, port = "127.0.0.1", free_port()
     address = f"{host}:{port}"
     with ExitStack() as stack:
-        ours = stack.enter_context(session(FOLDER / f"{name}.txt"))
+        ours = stack.enter_context(session(FOLDER / f"{name}.txt", warm_starts=False))
         (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
         superlink = start(
             ours, "flower-superlink", "--insecure", "--host", host, "--port", str(port),
@@ -102,7 +102,7 @@ def engine(name: str, simulation: bool, supernodes: int) -> Iterator[Session]:
                 raise LaunchError(f"the SuperLink did not start: {ours.last_error()}")
             time.sleep(0.1)
         for number in range(supernodes):
-            apart = stack.enter_context(session(FOLDER / f"{name}-{number}.txt"))
+            apart = stack.enter_context(session(FOLDER / f"{name}-{number}.txt", warm_starts=False))
             start(apart, "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()))
         yield ours
 

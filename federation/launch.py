@@ -169,7 +169,7 @@ def join_run(server: Address, wait: float, node_config: Config, threads: int | N
     and where the server refuses this client. `tls` is the folder of the authority's certificate, and of a key.
     """
     environment = dict.fromkeys(THREADS, str(threads)) if threads else {}
-    with place_on_host() as (name, log), session(log, **environment) as ours:
+    with place_on_host() as (name, log), session(log, environment) as ours:
         refusals = 0
         while True:
             wait_for_server(server, wait, tls)
@@ -265,9 +265,10 @@ def place_on_host() -> Iterator[tuple[str, Path]]:
 
 
 def share_cores() -> None:
-    """Give this process its share of the cores, before a framework is imported: one of C clients here gets 1/C.
+    """Give this process its share of the cores, before a framework does any work: one of C clients here gets 1/C.
 
     Frameworks take all cores by default, and clients that share a host then slow each other down several times.
+    Those that are imported already, for this process was forked, may have read their variables: they are told.
     """
     if THREADS[0] not in os.environ:
         commands = (" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
@@ -275,6 +276,8 @@ def share_cores() -> None:
         os.environ[THREADS[0]] = str(max(1, cores() // max(1, clients)))
     for variable in THREADS:
         os.environ.setdefault(variable, os.environ[THREADS[0]])
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(os.environ[THREADS[0]]))
 
 
 def cores() -> int:
