@@ -37,6 +37,11 @@ def main() -> None:
     """Serve at the socket whose descriptor and path are on the command line."""
     listener, path = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
     commands = {entry.name: entry.load() for entry in distribution("flwr").entry_points if entry.name in COMMANDS}
+    run_commands(commands, listener, path)
+
+
+def run_commands(commands: dict[str, Command], listener: socket.socket, path: str) -> None:
+    """Run commands, by name, in a forked child each, until killed."""
     gc.freeze()  # what all have in common is not looked through in each child, and so not copied for it
     command = become(commands, *serve(listener))
     try:

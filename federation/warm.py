@@ -20,12 +20,16 @@ SUPPORTED = sys.platform == "linux" and hasattr(os, "pidfd_open")
 def write_scripts(folder: Path, address: Path) -> None:
     """Write a script for each command of Flower, which has it run by the fork server at the socket `address`."""
     folder.mkdir(exist_ok=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     for name in COMMANDS:
-        original = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-        # Without site-packages and the environment's settings, to start in a hundredth of a second
-        line = shlex.join([sys.executable, "-SEI", str(FOLDER / "stand_in.py"), str(address), str(original)])
-        (folder / name).write_text(f'#!/bin/sh\nexec {line} "$@"\n', "utf-8")
-        (folder / name).chmod(0o700)
+        write_script(folder / name, address, str(shutil.which(name, path=path)))
+
+
+def write_script(script: Path, address: Path, original: str) -> None:
+    # Without site-packages and the environment's settings, Python starts in a hundredth of a second
+    line = shlex.join([sys.executable, "-SEI", str(FOLDER / "stand_in.py"), str(address), original])
+    script.write_text(f'#!/bin/sh\nexec {line} "$@"\n', "utf-8")
+    script.chmod(0o700)
 
 
 def listen(address: Path) -> socket.socket:
