@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from federation import certificates, launch, network, weights
 from federation.checkpoint import resumed
-from federation.config import checked, parse
+from federation.config import Config, checked, parse
 from federation.console import explained_run, reason
 from federation.folder import run_folder
 from federation.partition import check_enough
@@ -123,14 +123,18 @@ def command() -> int:
     except ValueError as error:
         parser.error(str(error))
     config["out"] = launch.writable(config["out"])
-    task = load_task(config["task"])
-    config["data"] = find_data(task, config["data"])
-    least = min(len(labels) for _, labels in read_data(task, config["data"]))
-    check_enough(least, config["num-clients"])  # before the run, so that errors show at once
     if simulate is None:
         network.check_free(address)
     with run_folder(Path(config["out"])):
-        return launch.host_run(address, config, simulate or 0, tls)
+        return launch.host_run(address, config, simulate or 0, tls, prepare=lambda: check_task(config))
+
+
+def check_task(config: Config) -> None:
+    """Load the task and its data, and say where these are: before the run, so that errors show at once."""
+    task = load_task(config["task"])
+    config["data"] = find_data(task, config["data"])
+    least = min(len(labels) for _, labels in read_data(task, config["data"]))
+    check_enough(least, config["num-clients"])
 
 
 if __name__ == "__main__":

@@ -48,30 +48,42 @@ def run_command(command: Callable[[], int]) -> None:
 # ----------------------------------------------------------------------------------------------------- the server
 
 
-def host_run(address: Address, run_config: Config, simulated_clients: int = 0, tls: Path | None = None) -> int:
+def host_run(
+    address: Address,
+    run_config: Config,
+    simulated_clients: int = 0,
+    tls: Path | None = None,
+    prepare: Callable[[], object] = lambda: None,
+) -> int:
     """Run the app in this folder on a SuperLink of its own and return the exit status: 0, or 1 if it failed.
 
     With `simulated_clients`, Flower's Simulation Engine plays that many clients, each on one core. With `tls`, the
     folder of a server's certificate, clients are served over TLS, and if it has a folder `clients`, only those.
+    `prepare` is called while the SuperLink starts; no client can connect before it has returned.
     """
     inside = "127.0.0.1", free_port()
     with session(Path(str(run_config["out"])) / "log.txt") as ours:
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
-        ca = start_superlink(ours, inside, simulated_clients > 0, register is not None)
+        superlink, ca = start_superlink(ours, inside, simulated_clients > 0, register is not None)
+        prepare()
+        await_server(ours, superlink, inside, ca, "the SuperLink")
         if register:
             register.update()
             register.show()
             Thread(target=register.watch, daemon=True).start()
+        run = submit(ours, run_config, simulated_clients)
         if not simulated_clients:
             start_gate(ours, address, inside, ca, tls)
-        status = relay(submit(ours, run_config, simulated_clients), ours.log)
+        status = relay(run, ours.log)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status
 
 
-def start_superlink(ours: Session, address: Address, simulates: bool, knows_clients: bool) -> Path | None:
-    """Start a SuperLink and return the certificate to trust, if it speaks TLS: which it does only if it knows keys.
+def start_superlink(
+    ours: Session, address: Address, simulates: bool, knows_clients: bool
+) -> tuple["subprocess.Popen[str]", Path | None]:
+    """Start a SuperLink; return it and the certificate to trust, if it speaks TLS: which it does only if it knows keys.
 
     That one is a certificate of the session's own: those of others need not be good for this machine's own calls.
     """
@@ -82,16 +94,14 @@ def start_superlink(ours: Session, address: Address, simulates: bool, knows_clie
         ca = ours.home / "ca.crt"
         options = ["--enable-supernode-auth", "--ssl-ca-certfile", str(ca)]
         options += ["--ssl-certfile", str(ours.home / "server.crt"), "--ssl-keyfile", str(ours.home / "server.key")]
+    trust = f"root-certificates = {json.dumps(str(ca))}" if ca else "insecure = true"
+    (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{shown(address)}"\n{trust}\n', "utf-8")
     host, port = address
     superlink = ours.start(
         "flower-superlink", *options, "--host", host, "--port", str(port),
         "--disable-runtime-dependency-installation", *(["--simulation"] if simulates else []),
     )  # fmt: skip
-    await_server(ours, superlink, address, ca, "the SuperLink")
-    trust = f"root-certificates = {json.dumps(str(ca))}" if ca else "insecure = true"
-    connection = f'[superlink.ours]\naddress = "{shown(reachable(address))}"\n{trust}\n'
-    (ours.home / "config.toml").write_text(connection, "utf-8")
-    return ca
+    return superlink, ca
 
 
 def start_gate(
@@ -111,7 +121,7 @@ def await_server(ours: Session, process: "subprocess.Popen[str]", address: Addre
     while not is_up(reachable(address), ca, any_name=True):  # its certificate is for other machines
         if process.poll() is not None:
             raise LaunchError(f"{name} did not start: {ours.last_error()}")
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def reachable(address: Address) -> Address:
