@@ -20,9 +20,10 @@ from flwr.clientapp import ClientApp
 from federation import certificates, launch, network, weights
 from federation.config import checked
 from federation.console import explained, say, tell
+from federation.packing import packed_replies
 from federation.task import build_net, client_seed, data_digest, load_task, read_data, source_digest
 
-app = ClientApp()
+app = ClientApp(mods=[packed_replies])
 
 
 @app.train()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from federation import partition, weights
 from federation.config import Config
 from federation.console import reason, say, tell
+from federation.packing import pack, unpack
 from federation.strategy import check_reply
 from federation.task import data_digest, load_task, source_digest
 
@@ -191,7 +192,7 @@ class Roster:
         Waits for `round-timeout` seconds at most, and not for clients that have gone.
         """
         asked = [self.address(message) for message in messages]
-        sent = list(zip(self.grid.push_messages(asked), asked, strict=True))
+        sent = list(zip(self.grid.push_messages([_packed(message) for message in asked]), asked, strict=True))
         pending = {identity: question for identity, question in sent if identity}
         for question in (question for identity, question in sent if not identity):
             self.drop(question, "it has left")
@@ -232,6 +233,8 @@ class Roster:
     def take(self, question: Message, reply: Message, replies: dict[int, Message]) -> None:
         client = self.clients[question.metadata.dst_node_id]
         try:
+            if reply.has_content():
+                reply.content = unpack(reply.content)
             check_reply(question, reply, client.samples, exactly=client.rows is not None)
         except ValueError as error:
             self.drop(question, str(error))
@@ -261,6 +264,12 @@ class Roster:
         deadline = time.monotonic() + (15 if node is None else 0)  # one who is refused holds nobody up
         while set(nodes) & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)
+
+
+def _packed(message: Message) -> Message:
+    """Return a message to the same client whose model is packed."""
+    to = message.metadata
+    return Message(pack(message.content), to.dst_node_id, to.message_type, group_id=to.group_id)
 
 
 def check_version(theirs: str) -> None:

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 import client
 from federation.config import Config
+from federation.packing import unpack
 
 
 class InMemoryGrid(Grid):
@@ -54,7 +55,7 @@ class InMemoryGrid(Grid):
     def models(self, message_type: str) -> list[ArrayRecord]:
         """Return the models that messages of this type have carried to the clients, in the order of sending."""
         sent = (message for message in self.messages if message.metadata.message_type == message_type)
-        return [message.content.array_records["arrays"] for message in sent]
+        return [unpack(message.content).array_records["arrays"] for message in sent]
 
     def create_message(self, *_: Any, **__: Any) -> Message:
         raise NotImplementedError
