@@ -13,6 +13,7 @@ from threading import Thread
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from federation import launch as launch  # also for the benchmarks, which have no path to it before this
 from federation.network import LaunchError, free_port, is_up
 from federation.session import ROOT, Session, relay, session
 

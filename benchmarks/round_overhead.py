@@ -4,8 +4,8 @@
 
 - ours: `python server.py` and twice `python client.py`. Overhead is a round's time less the work
   of its slowest client, counted from where that has imported what it needs; the server's own test counts as overhead;
-- idle: the app in idle_app/, whose clients import torch, do nothing and send back as much, on Flower's own SuperLink and
-  SuperNodes with Flower's own loop: without proxy and fork server. Its rounds are overhead altogether.
+- idle: the app in idle_app/, whose clients import torch, do nothing and send back as much, on Flower's own
+  SuperLink and SuperNodes with Flower's own loop: no proxy, no fork server. Its rounds are overhead altogether.
 
 Both without round 1, in which the server waits for its clients. Bound: ours takes at most 0.3 times as long.
 """
