@@ -33,7 +33,7 @@ NOT_YET = {  # by call, the answer that is held
     "pull-object": b"\x08\x01",  # object_found is true, object_available is not, and there is no content
 }
 HOLD = 20.0  # seconds; a SuperNode waits 30 for an answer
-PACE = 0.03  # seconds between two questions, over all clients: 100 waiting ones thus ask as often as without the gate
+PACE = 0.05  # seconds between two questions, of all clients together
 LONGEST_TURN = 5.0  # seconds until each client's question has been asked again, however many wait
 
 

@@ -20,7 +20,7 @@ from federation.packing import pack, unpack
 from federation.strategy import check_reply
 from federation.task import data_digest, load_task, source_digest
 
-POLL = 0.5  # seconds between two looks for replies: more looks take time from clients on the same machine
+POLL = 0.2  # seconds between two looks for replies: more looks take time from clients on the same machine
 PATIENCE = 120  # seconds for which a round waits for somebody to finish joining: who takes longer joins a later one
 PRESENCE = 2.0  # seconds between two looks at who is still there
 FACTS = {  # what a client says of itself, by type

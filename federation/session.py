@@ -4,10 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,10 +47,8 @@ class Session:
 
     def start(self, *command: str) -> "subprocess.Popen[str]":
         """Start a command whose output goes to the log, but for the lines that are for people."""
-        with self.lock:
-            if self.warm_starts and not self.warm:
-                self.warm_up()
-            process = self.popen(*command)
+        self.warm_up()
+        process = self.popen(*command)
         self.processes.append(process)
         return process
 
@@ -62,31 +60,36 @@ class Session:
 
     def warm_up(self) -> None:
         """Have Flower's commands forked by a fork server, which is replaced if it is killed."""
+        if self.warm or not self.warm_starts:
+            return
         self.warm, address = True, self.home / "fork"
         listener = warm.listen(address)
         warm.write_scripts(self.home / "bin", address)
 
         def keep() -> None:
             with listener:  # once it is closed, the commands start in the usual way
-                while self.warm:
-                    with self.lock:
-                        server = self.popen(*warm.fork_server(listener, address), pass_fds=[listener.fileno()])
+                while server := self.start_fork_server(listener, address):
                     relay(server, self.log)
                     if server.wait() != -signal.SIGKILL:
                         return
 
         Thread(target=keep, daemon=True).start()
 
+    def start_fork_server(self, listener: socket.socket, address: Path) -> "subprocess.Popen[str] | None":
+        with self.lock:  # so that none is started once all have been killed
+            command = warm.fork_server(listener, address)
+            return self.popen(*command, pass_fds=[listener.fileno()]) if self.warm else None
+
     def stop(self) -> None:
-        """Ask the processes to end, and after a second make them: a SuperNode signs off, so that no server waits."""
+        """End all processes. Only a SuperNode is given time, a second, to sign off, so that no server waits for it."""
         with self.lock:
             self.warm = False
-        deadline = time.monotonic() + 1
         for process in self.processes:
             process.terminate()
         for process in self.processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, deadline - time.monotonic()))
+            if "flower-supernode" in str(process.args):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
         guard.kill_all(self.home.name)
         with suppress(OSError):
             self.log.flush()
@@ -111,6 +114,7 @@ def session(log: Path, environment: dict[str, str] | None = None, warm_starts: b
         env={key: value for key, value in os.environ.items() if key != MARK},  # no other guard's business
     )  # fmt: skip
     ours = Session(home, log, environment or {}, warm_starts and warm.SUPPORTED)
+    ours.warm_up()
     try:
         yield ours
     finally:

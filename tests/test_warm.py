@@ -18,17 +18,24 @@ pytestmark = pytest.mark.skipif(not warm.SUPPORTED, reason="nothing is forked he
 
 SERVER = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import socket
+import atexit, socket
 from federation import fork_server
+atexit.register(fork_server.leave_at_once)
 sys.path[0] = sys.argv[3]
 from commands import COMMANDS
 fork_server.run_commands(COMMANDS, socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
 """
 COMMANDS = """
-import json, os, sys, time
+import atexit, json, os, sys, threading, time
 calls = []
 
+def late():
+    time.sleep(0.1)
+    print("the thread has ended")
+
 def report():
+    threading.Thread(target=late).start()
+    atexit.register(print, "at exit")
     import torch
     calls.append(1)
     torch.calls = getattr(torch, "calls", 0) + 1
@@ -95,7 +102,9 @@ def ours(tmp_path: Path) -> Iterator[Warm]:
 def test_a_command_runs_as_if_it_had_been_started_in_the_usual_way(ours: Warm) -> None:
     process = ours.open("report", "--option", "two words", "é\udcff", STATUS="7", ONLY="here")
     output, errors = process.communicate(timeout=20)
-    facts = json.loads(output)
+    first, *rest = output.splitlines()
+    facts = json.loads(first)
+    assert rest == ["the thread has ended", "at exit"]
     assert process.returncode == 7 and errors == "error\n"
     assert facts["argv"] == [str(ours.folder / "original" / "report"), "--option", "two words", "é\udcff"]
     assert facts["folder"] == str(ours.folder / "original")
@@ -104,7 +113,7 @@ def test_a_command_runs_as_if_it_had_been_started_in_the_usual_way(ours: Warm) -
 
 
 def test_nothing_of_one_child_is_seen_by_the_next_but_what_it_had_imported(ours: Warm) -> None:
-    reports = [json.loads(ours.open("report").communicate(timeout=20)[0]) for _ in range(3)]
+    reports = [json.loads(ours.open("report").communicate(timeout=20)[0].splitlines()[0]) for _ in range(3)]
     assert len({report["pid"] for report in reports}) == 3
     assert [(report["calls"], report["torch"]) for report in reports] == [(1, 1)] * 3
     assert [report["imported in"] for report in reports] == [reports[0]["pid"], ours.server.pid, ours.server.pid]
@@ -130,7 +139,7 @@ def test_a_fork_server_that_is_killed_ends_no_command_and_the_next_one_takes_wha
     waiting = ours.open("report")
     assert child.is_running() and running.poll() is None
     ours.start()
-    assert json.loads(waiting.communicate(timeout=20)[0])["calls"] == 1
+    assert json.loads(waiting.communicate(timeout=20)[0].splitlines()[0])["calls"] == 1
     child.terminate()
     assert running.wait(20) == 1, "its stand-in has noticed"
 
