@@ -21,7 +21,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import distribution
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def main() -> None:
     """Serve at the socket whose descriptor and path are on the command line."""
     atexit.register(leave_at_once)  # first, for what is registered first is called last
     listener, path = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
-    commands = {entry.name: entry.load() for entry in distribution("flwr").entry_points if entry.name in COMMANDS}
+    commands = {entry.name: entry.load() for entry in entry_points(group="console_scripts") if entry.name in COMMANDS}
     run_commands(commands, listener, path)
 
 
