@@ -256,7 +256,7 @@ def wait_for_server(server: Address, wait: float, tls: Path | None) -> None:
     while not is_up(server, ca, timeout=10):
         if time.monotonic() > deadline:
             raise LaunchError(f"no server at {shown(server)} within {wait:g} s; is it running, and is --server right?")
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Session:
             "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"])),
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # the default of 1 s delays every message
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # or to look for GPUs while modules are imported would spoil the fork
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # the default of TensorFlow, and JAX, is to take a whole GPU: that
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves nothing to a second client, or the server
         }  # fmt: skip
