@@ -28,9 +28,11 @@ class Session:
 
     def __init__(self, home: Path, log: Path, environment: dict[str, str], warm_starts: bool) -> None:
         self.home, self.warm_starts = home, warm_starts
-        self.lock, self.warm = Lock(), False  # whether there is a fork server
+        self.lock, self.warm = Lock(), False  # whether there is to be a fork server
+        self.keeper: Thread | None = None  # who sees to that
         self.processes: list[subprocess.Popen[str]] = []
         self.log = log.open("w+", encoding="utf-8", buffering=1)
+        self.log.write("" if warm_starts else "Flower's commands start in the usual way: nothing is forked here\n")
         self.environment = os.environ | environment | {
             MARK: home.name,
             "PATH": os.pathsep.join([str(home / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -74,7 +76,8 @@ class Session:
                     if server.wait() != -signal.SIGKILL:
                         return
 
-        Thread(target=keep, daemon=True).start()
+        self.keeper = Thread(target=keep, daemon=True)
+        self.keeper.start()
 
     def start_fork_server(self, listener: socket.socket, address: Path) -> "subprocess.Popen[str] | None":
         with self.lock:  # so that none is started once all have been killed
@@ -92,6 +95,8 @@ class Session:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1)
         guard.kill_all(self.home.name)
+        if self.keeper:
+            self.keeper.join(5)
         with suppress(OSError):
             self.log.flush()
 
@@ -115,8 +120,8 @@ def session(log: Path, environment: dict[str, str] | None = None, warm_starts: b
         env={key: value for key, value in os.environ.items() if key != MARK},  # no other guard's business
     )  # fmt: skip
     ours = Session(home, log, environment or {}, warm_starts and warm.SUPPORTED)
-    ours.warm_up()
     try:
+        ours.warm_up()
         yield ours
     finally:
         ours.stop()
