@@ -48,8 +48,9 @@ def run_commands(commands: dict[str, Command], listener: socket.socket, path: st
     """Run commands, by name, in a forked child each, until killed."""
     gc.freeze()  # what all have in common is not looked through in each child, and so not copied for it
     command = become(commands, *serve(listener))
+    inherited = set(sys.modules)
     ended_with.append(status_of(command))
-    tell_frameworks(path)
+    tell_frameworks(path, inherited)
     sys.exit(ended_with[0])
 
 
@@ -68,14 +69,16 @@ def serve(listener: socket.socket) -> Request:
 def receive(listener: socket.socket) -> Request | None:
     """Return the next request, if it is one to run something."""
     connection, _ = listener.accept()
-    with suppress(OSError):  # the caller has been killed
+    streams: list[int] = []
+    with suppress(OSError, SyntaxError, ValueError):  # the caller was killed before it had said all
         head, streams, _, _ = socket.recv_fds(connection, 8, 2)
-        size = int.from_bytes(head, "big")
-        kind, *request = ast.literal_eval(connection.recv(size, socket.MSG_WAITALL).decode() or "[None]")
+        text = connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
+        kind, *request = ast.literal_eval(text.decode())
         if kind == "run":
             return request, connection, streams
-        if kind == "import":
-            import_all(*request)
+        import_all(*request)
+    for stream in streams:
+        os.close(stream)
     connection.close()
     return None
 
@@ -86,7 +89,7 @@ def fork(request: Request, watched: selectors.BaseSelector) -> int:
     pid = os.fork()
     if not pid:
         for key in list(watched.get_map().values()):
-            os.close(key.fd)
+            key.fileobj.close() if isinstance(key.fileobj, socket.socket) else os.close(key.fd)
         watched.close()
         connection.sendall(b"%d\n" % os.getpid())
         return 0
@@ -101,6 +104,8 @@ def watch(pid: int, connection: socket.socket, watched: selectors.BaseSelector) 
     child = os.pidfd_open(pid)
 
     def kill() -> None:
+        if connection.fileno() < 0:  # the child has ended meanwhile
+            return
         watched.unregister(connection)
         signal.pidfd_send_signal(child, signal.SIGKILL)
 
@@ -129,7 +134,8 @@ def become(commands: dict[str, Command], request: list[Any], connection: socket.
         os.close(stream)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(folder)
+    with suppress(OSError):  # it may have been removed since
+        os.chdir(folder)
     sys.argv = arguments
     name = Path(arguments[0]).name
     Path("/proc/self/comm").write_text(name)
@@ -163,9 +169,9 @@ def leave_at_once() -> None:
         os._exit(ended_with[0])
 
 
-def tell_frameworks(path: str) -> None:
+def tell_frameworks(path: str, inherited: set[str]) -> None:
     """Tell the fork server which modules of frameworks this child has imported, in that order."""
-    names = [name for name in sys.modules if name.partition(".")[0] in FRAMEWORKS]
+    names = [name for name in sys.modules if name.partition(".")[0] in FRAMEWORKS and name not in inherited]
     request = ascii(("import", names)).encode()
     with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
