@@ -19,7 +19,7 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -47,36 +47,37 @@ def main() -> None:
 def run_commands(commands: dict[str, Command], listener: socket.socket, path: str) -> None:
     """Run commands, by name, in a forked child each, until killed."""
     gc.freeze()  # what all have in common is not looked through in each child, and so not copied for it
-    command = become(commands, *serve(listener))
+    command = become(commands, *serve(listener, commands))
     inherited = set(sys.modules)
     ended_with.append(status_of(command))
     tell_frameworks(path, inherited)
     sys.exit(ended_with[0])
 
 
-def serve(listener: socket.socket) -> Request:
-    """Fork a child for each request to run something. Only the children return, each with its request."""
+def serve(listener: socket.socket, names: Container[str]) -> Request:
+    """Fork a child for each request to run one of the commands. Only the children return, each with its request."""
     watched = selectors.DefaultSelector()
     watched.register(listener, selectors.EVENT_READ)
     while True:
         for key, _ in watched.select():
             if key.data:
                 key.data()
-            elif (request := receive(listener)) and not fork(request, watched):
+            elif (request := receive(listener, names)) and not fork(request, watched):
                 return request
 
 
-def receive(listener: socket.socket) -> Request | None:
-    """Return the next request, if it is one to run something."""
+def receive(listener: socket.socket, names: Container[str]) -> Request | None:
+    """Return the next request, if it is one to run a command of these names."""
     connection, _ = listener.accept()
     streams: list[int] = []
     with suppress(OSError, SyntaxError, ValueError):  # the caller was killed before it had said all
         head, streams, _, _ = socket.recv_fds(connection, 8, 2)
         text = connection.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
         kind, *request = ast.literal_eval(text.decode())
-        if kind == "run":
+        if kind == "import":
+            import_all(*request)
+        elif Path(request[1][0]).name in names:
             return request, connection, streams
-        import_all(*request)
     for stream in streams:
         os.close(stream)
     connection.close()

@@ -65,7 +65,7 @@ class Warm:
         (folder / "torch.py").write_text("import os; pid, seed = os.getpid(), lambda: None")
         (folder / "server.py").write_text(SERVER)
         self.listener = warm.listen(self.address)
-        for name in ("report", "wait", "crash"):
+        for name in ("report", "wait", "crash", "unknown"):
             original = folder / "original" / name
             original.parent.mkdir(exist_ok=True)
             original.write_text("#!/bin/sh\necho started in the usual way $@")
@@ -154,6 +154,10 @@ def test_a_command_that_nobody_has_begun_with_starts_in_the_usual_way(ours: Warm
     assert [process.communicate(timeout=20)[0] for process in (taken, refused)] == [
         "started in the usual way 1\n", "started in the usual way 2\n"
     ]  # fmt: skip
+
+
+def test_a_command_that_the_fork_server_does_not_know_starts_in_the_usual_way(ours: Warm) -> None:
+    assert ours.open("unknown", "1").communicate(timeout=20)[0] == "started in the usual way 1\n"
 
 
 def test_after_a_crash_nothing_is_forked_any_more_and_the_log_says_why(ours: Warm) -> None:
