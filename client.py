@@ -21,9 +21,10 @@ from federation import certificates, hide_tensorflow, launch, network, weights
 from federation.config import checked
 from federation.console import say, tell
 from federation.mods import explain, play_clients
+from federation.packing import packed_replies
 from federation.task import build_net, client_seed, load_task, open_data, source_digest
 
-app = ClientApp(mods=[play_clients, explain])
+app = ClientApp(mods=[packed_replies, play_clients, explain])
 hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them
 
 

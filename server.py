@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from federation import certificates, launch, network, simulation, weights
 from federation.checkpoint import resumed
 from federation.client_grid import ClientGrid
-from federation.config import checked, parse
+from federation.config import Config, checked, parse
 from federation.console import explained_run, reason
 from federation.folder import run_folder
 from federation.partition import check_enough
@@ -131,16 +131,20 @@ def command() -> int:
     except ValueError as error:
         parser.error(str(error))
     config["out"] = launch.writable(config["out"])
-    task = load_task(config["task"])
-    config["data"] = find_data(task, config["data"])
-    least = min(len(labels) for _, labels in read_data(task, config["data"]))
-    check_enough(least, config["num-clients"])  # before the run, so that errors show at once
     if nodes:
         print(simulation.describe(config["num-clients"], nodes), flush=True)
     else:
         network.check_free(address)
     with run_folder(Path(config["out"])):
-        return launch.host_run(address, config, nodes, tls)
+        return launch.host_run(address, config, nodes, tls, prepare=lambda: check_task(config))
+
+
+def check_task(config: Config) -> None:
+    """Load the task and its data, and say where these are: before the run, so that errors show at once."""
+    task = load_task(config["task"])
+    config["data"] = find_data(task, config["data"])
+    least = min(len(labels) for _, labels in read_data(task, config["data"]))
+    check_enough(least, config["num-clients"])
 
 
 if __name__ == "__main__":

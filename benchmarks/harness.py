@@ -13,6 +13,7 @@ from threading import Thread
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from federation import launch as launch  # also for the benchmarks, which have no path to it before this
 from federation.network import LaunchError, free_port, is_up
 from federation.session import ROOT, Session, relay, session
 
@@ -91,7 +92,7 @@ def engine(name: str, simulation: bool, supernodes: int) -> Iterator[Session]:
     host, port = "127.0.0.1", free_port()
     address = f"{host}:{port}"
     with ExitStack() as stack:
-        ours = stack.enter_context(session(FOLDER / f"{name}.txt"))
+        ours = stack.enter_context(session(FOLDER / f"{name}.txt", warm_starts=False))
         (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
         superlink = start(
             ours, "flower-superlink", "--insecure", "--host", host, "--port", str(port),
@@ -102,7 +103,7 @@ def engine(name: str, simulation: bool, supernodes: int) -> Iterator[Session]:
                 raise LaunchError(f"the SuperLink did not start: {ours.last_error()}")
             time.sleep(0.1)
         for number in range(supernodes):
-            apart = stack.enter_context(session(FOLDER / f"{name}-{number}.txt"))
+            apart = stack.enter_context(session(FOLDER / f"{name}-{number}.txt", warm_starts=False))
             start(apart, "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()))
         yield ours
 

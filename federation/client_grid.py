@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from federation import bundle, partition, weights
+from federation import bundle, packing, partition, weights
 from federation.console import reason, say, tell
 from federation.roster import POLL, Client, Roster
 from federation.strategy import check_reply
@@ -105,7 +105,7 @@ class ClientGrid(Grid):
         self.bytes_down += sum(weights.size(a) for content in contents for a in content.array_records.values())
         content = bundle.pack(contents) if clients[0].shares_node else contents[0]
         node, message_type, group_id = key
-        return Message(content, node, message_type, group_id=group_id)
+        return Message(packing.pack(content), node, message_type, group_id=group_id)
 
     def _address(self, client: Client, question: Message) -> RecordDict:
         """Return the content of a strategy's message, and what differs from client to client."""
@@ -232,7 +232,8 @@ def _unwrap(reply: Message, sent: Sent) -> list[Message]:
     try:
         if reply.has_error():
             raise ValueError(reply.error.reason)
-        contents = bundle.unpack(reply.content) if sent.is_bundle else [reply.content]
+        content = packing.unpack(reply.content)
+        contents = bundle.unpack(content) if sent.is_bundle else [content]
         if len(contents) != len(sent.questions):
             raise ValueError(f"{len(contents)} replies to {len(sent.questions)} messages")
     except Exception as error:  # an untrusted reply must never stop the run

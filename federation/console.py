@@ -14,10 +14,11 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid
 
+from federation.guard import MARK
+
 PREFIX = "federation: "
 CONTROL = "federation# "
-MARK = "FEDERATION_SESSION"  # the environment variable that all processes of a launcher carry
-FOLDER = "FEDERATION_FOLDER"  # and the one that names the folder in which the user started it
+FOLDER = "FEDERATION_FOLDER"  # the environment variable that names the folder in which the user started a command
 
 
 def say(text: str) -> None:

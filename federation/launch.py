@@ -22,7 +22,7 @@ from federation import certificates, hide_tensorflow
 from federation.admission import Register
 from federation.config import Config
 from federation.console import FOLDER
-from federation.network import Address, LaunchError, free_port, is_loopback, is_up, shown
+from federation.network import Address, LaunchError, free_port, is_up, shown
 from federation.session import ROOT, Session, relay, session
 from federation.task import load_task, sources
 
@@ -49,33 +49,42 @@ def run_command(command: Callable[[], int]) -> None:
 
 
 def host_run(
-    address: Address, run_config: Config, federation_config: Config | None = None, tls: Path | None = None
+    address: Address,
+    run_config: Config,
+    federation_config: Config | None = None,
+    tls: Path | None = None,
+    prepare: Callable[[], object] = lambda: None,
 ) -> int:
     """Run the app in this folder on a SuperLink of its own and return the exit status: 0, or 1 if it failed.
 
     With `federation_config`, Flower's Simulation Engine plays the clients as this says. With `tls`, the folder of a
     server's certificate, clients are served over TLS, and if it has a folder `clients`, only those.
+    `prepare` is called while the SuperLink starts; no client can connect before it has returned.
     """
-    direct = not federation_config and not tls and is_loopback(address[0])
-    inside = address if direct else ("127.0.0.1", free_port())
+    inside = "127.0.0.1", free_port()
     environment = hide_tensorflow.environment() if federation_config else {}
-    with session(Path(str(run_config["out"])) / "log.txt", **environment) as ours:
+    with session(Path(str(run_config["out"])) / "log.txt", environment) as ours:
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
-        ca = start_superlink(ours, inside, federation_config is not None, register is not None)
+        superlink, ca = start_superlink(ours, inside, federation_config is not None, register is not None)
+        prepare()
+        await_server(ours, superlink, inside, ca, "the SuperLink")
         if register:
             register.update()
             register.show()
             Thread(target=register.watch, daemon=True).start()
-        if not direct and not federation_config:
+        run = submit(ours, run_config, federation_config)
+        if not federation_config:
             start_gate(ours, address, inside, ca, tls)
-        status = relay(submit(ours, run_config, federation_config), ours.log)
+        status = relay(run, ours.log)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status
 
 
-def start_superlink(ours: Session, address: Address, simulates: bool, knows_clients: bool) -> Path | None:
-    """Start a SuperLink and return the certificate to trust, if it speaks TLS: which it does only if it knows keys.
+def start_superlink(
+    ours: Session, address: Address, simulates: bool, knows_clients: bool
+) -> tuple["subprocess.Popen[str]", Path | None]:
+    """Start a SuperLink; return it and the certificate to trust, if it speaks TLS: which it does only if it knows keys.
 
     That one is a certificate of the session's own: those of others need not be good for this machine's own calls.
     """
@@ -86,22 +95,20 @@ def start_superlink(ours: Session, address: Address, simulates: bool, knows_clie
         ca = ours.home / "ca.crt"
         options = ["--enable-supernode-auth", "--ssl-ca-certfile", str(ca)]
         options += ["--ssl-certfile", str(ours.home / "server.crt"), "--ssl-keyfile", str(ours.home / "server.key")]
+    trust = f"root-certificates = {json.dumps(str(ca))}" if ca else "insecure = true"
+    (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{shown(address)}"\n{trust}\n', "utf-8")
     host, port = address
     superlink = ours.start(
         "flower-superlink", *options, "--host", host, "--port", str(port),
         "--disable-runtime-dependency-installation", *(["--simulation"] if simulates else []),
     )  # fmt: skip
-    await_server(ours, superlink, address, ca, "the SuperLink")
-    trust = f"root-certificates = {json.dumps(str(ca))}" if ca else "insecure = true"
-    connection = f'[superlink.ours]\naddress = "{shown(reachable(address))}"\n{trust}\n'
-    (ours.home / "config.toml").write_text(connection, "utf-8")
-    return ca
+    return superlink, ca
 
 
 def start_gate(
     ours: Session, address: Address, superlink: Address, superlink_ca: Path | None, tls: Path | None
 ) -> None:
-    """Open the server to other machines: what they may ask of the SuperLink, and no more."""
+    """Open the server to clients: what they may ask of the SuperLink, and no more."""
     command = [sys.executable, "-P", str(ROOT / "federation" / "gate.py"), address[0], str(address[1])]
     command += [f"http{'s' * bool(superlink_ca)}://{shown(superlink)}"]
     command += ["--superlink-ca", str(superlink_ca)] if superlink_ca else []
@@ -115,7 +122,7 @@ def await_server(ours: Session, process: "subprocess.Popen[str]", address: Addre
     while not is_up(reachable(address), ca, any_name=True):  # its certificate is for other machines
         if process.poll() is not None:
             raise LaunchError(f"{name} did not start: {ours.last_error()}")
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def reachable(address: Address) -> Address:
@@ -172,7 +179,7 @@ def join_run(server: Address, wait: float, node_config: Config, threads: int | N
     and where the server refuses this client. `tls` is the folder of the authority's certificate, and of a key.
     """
     environment = dict.fromkeys(THREADS, str(threads)) if threads else {}
-    with place_on_host() as (name, log), session(log, **environment) as ours:
+    with place_on_host() as (name, log), session(log, environment) as ours:
         refusals = 0
         while True:
             wait_for_server(server, wait, tls)
@@ -249,7 +256,7 @@ def wait_for_server(server: Address, wait: float, tls: Path | None) -> None:
     while not is_up(server, ca, timeout=10):
         if time.monotonic() > deadline:
             raise LaunchError(f"no server at {shown(server)} within {wait:g} s; is it running, and is --server right?")
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 @contextmanager
@@ -268,9 +275,10 @@ def place_on_host() -> Iterator[tuple[str, Path]]:
 
 
 def share_cores() -> None:
-    """Give this process its share of the cores, before a framework is imported: one of C clients here gets 1/C.
+    """Give this process its share of the cores, before a framework does any work: one of C clients here gets 1/C.
 
     Frameworks take all cores by default, and clients that share a host then slow each other down several times.
+    Those that are imported already, for this process was forked, may have read their variables: they are told.
     """
     if THREADS[0] not in os.environ:
         commands = (" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
@@ -278,6 +286,8 @@ def share_cores() -> None:
         os.environ[THREADS[0]] = str(max(1, cores() // max(1, clients)))
     for variable in THREADS:
         os.environ.setdefault(variable, os.environ[THREADS[0]])
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(int(os.environ[THREADS[0]]))
 
 
 def cores() -> int:

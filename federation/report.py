@@ -16,8 +16,9 @@ from flwr.app import ArrayRecord
 from federation import weights
 from federation.checkpoint import Records, check_same, checkpoints, load_checkpoint, save_checkpoint
 from federation.config import Config
-from federation.console import MARK, reason, say
+from federation.console import reason, say
 from federation.folder import own, write_atomically
+from federation.guard import MARK
 from federation.partition import Rows
 
 COLUMNS = {  # heading: key in metrics.json, and how it is shown

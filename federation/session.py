@@ -1,26 +1,24 @@
-"""The processes of one server or client: Flower's, which must not outlive it, and what they say.
-
-Everything that is started carries a mark in its environment. A guard process waits for its parent to end, however it
-ends, and then kills whatever carries the mark: nothing of ours survives Ctrl-C or `kill -9`.
-"""
+"""The processes of one server or client: Flower's, which must not outlive it (see guard.py), and what they say."""
 
 import json
 import os
 import re
-import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from threading import Lock, Thread
+from typing import IO, Any
 
-import psutil
 from tqdm import tqdm
 
-from federation.console import CONTROL, MARK, PREFIX
+from federation import guard, warm
+from federation.console import CONTROL, PREFIX
+from federation.guard import MARK
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,13 +26,16 @@ ROOT = Path(__file__).resolve().parents[1]
 class Session:
     """The processes of one server or client, their private FLWR_HOME and their log."""
 
-    def __init__(self, home: Path, log: Path, **environment: str) -> None:
-        self.home = home
+    def __init__(self, home: Path, log: Path, environment: dict[str, str], warm_starts: bool) -> None:
+        self.home, self.warm_starts = home, warm_starts
+        self.lock, self.warm = Lock(), False  # whether there is to be a fork server
+        self.keeper: Thread | None = None  # who sees to that
         self.processes: list[subprocess.Popen[str]] = []
         self.log = log.open("w+", encoding="utf-8", buffering=1)
+        self.log.write("" if warm_starts else "Flower's commands start in the usual way: nothing is forked here\n")
         self.environment = os.environ | environment | {
             MARK: home.name,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PATH": os.pathsep.join([str(home / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "PYTHONUNBUFFERED": "1",
             "FLWR_HOME": str(home),
             "RAY_TMPDIR": str(home),
@@ -42,28 +43,60 @@ class Session:
             "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"])),
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # the default of 1 s delays every message
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # or to look for GPUs while modules are imported would spoil the fork
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # the default of TensorFlow, and JAX, is to take a whole GPU: that
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves nothing to a second client, or the server
         }  # fmt: skip
 
     def start(self, *command: str) -> "subprocess.Popen[str]":
         """Start a command whose output goes to the log, but for the lines that are for people."""
-        process = subprocess.Popen(
-            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        )  # fmt: skip
+        self.warm_up()
+        process = self.popen(*command)
         self.processes.append(process)
         return process
 
+    def popen(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, **options,
+        )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Have Flower's commands forked by a fork server, which is replaced if it is killed."""
+        if self.warm or not self.warm_starts:
+            return
+        self.warm, address = True, self.home / "fork"
+        listener = warm.listen(address)
+        warm.write_scripts(self.home / "bin", address)
+
+        def keep() -> None:
+            with listener:  # once it is closed, the commands start in the usual way
+                while server := self.start_fork_server(listener, address):
+                    relay(server, self.log)
+                    if server.wait() != -signal.SIGKILL:
+                        return
+
+        self.keeper = Thread(target=keep, daemon=True)
+        self.keeper.start()
+
+    def start_fork_server(self, listener: socket.socket, address: Path) -> "subprocess.Popen[str] | None":
+        with self.lock:  # so that none is started once all have been killed
+            command = warm.fork_server(listener, address)
+            return self.popen(*command, pass_fds=[listener.fileno()]) if self.warm else None
+
     def stop(self) -> None:
-        """Ask the processes to end, and after a second make them: a SuperNode signs off, so that no server waits."""
-        deadline = time.monotonic() + 1
+        """End all processes. Only a SuperNode is given time, a second, to sign off, so that no server waits for it."""
+        with self.lock:
+            self.warm = False
         for process in self.processes:
             process.terminate()
         for process in self.processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, deadline - time.monotonic()))
-        kill_all(self.home.name)
+            if "flower-supernode" in str(process.args):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+        guard.kill_all(self.home.name)
+        if self.keeper:
+            self.keeper.join(5)
         with suppress(OSError):
             self.log.flush()
 
@@ -78,45 +111,21 @@ class Session:
 
 
 @contextmanager
-def session(log: Path, **environment: str) -> Iterator[Session]:
+def session(log: Path, environment: dict[str, str] | None = None, warm_starts: bool = True) -> Iterator[Session]:
     """Open a Session; when it closes, every process of it is dead and its FLWR_HOME is gone."""
     short = len(tempfile.gettempdir()) < 20 or os.name == "nt"  # Ray puts sockets in it: their paths may have 107 bytes
     home = Path(tempfile.mkdtemp(prefix="federation-", dir=None if short else "/tmp"))
-    guard = subprocess.Popen(
-        [sys.executable, "-m", "federation.session", str(home)],
-        cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True,
+    guardian = subprocess.Popen(
+        [sys.executable, "-P", guard.__file__, str(home)], stdin=subprocess.PIPE, start_new_session=True,
         env={key: value for key, value in os.environ.items() if key != MARK},  # no other guard's business
     )  # fmt: skip
-    ours = Session(home, log, **environment)
+    ours = Session(home, log, environment or {}, warm_starts and warm.SUPPORTED)
     try:
+        ours.warm_up()
         yield ours
     finally:
         ours.stop()
-        guard.communicate()
-
-
-def guard(home: Path) -> None:
-    """Wait until the parent closes our standard input or dies, then kill all processes of its session."""
-    with suppress(OSError):
-        sys.stdin.read()
-    kill_all(home.name)
-    shutil.rmtree(home, ignore_errors=True)
-
-
-def kill_all(mark: str) -> None:
-    """Kill all processes that carry the mark, and those that they start meanwhile."""
-    while marked := [process for process in psutil.process_iter() if _mark(process) == mark]:
-        for process in marked:
-            with suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(marked, timeout=0.2)
-
-
-def _mark(process: psutil.Process) -> str | None:
-    try:
-        return str(process.environ().get(MARK)) if process.status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.Error, OSError):
-        return None
+        guardian.communicate()
 
 
 def relay(process: "subprocess.Popen[str]", log: IO[str]) -> int | None:
@@ -135,7 +144,3 @@ def relay(process: "subprocess.Popen[str]", log: IO[str]) -> int | None:
                 bar.n, bar.total = event["progress"]
                 bar.set_description_str(event["doing"])
     return None
-
-
-if __name__ == "__main__":
-    guard(Path(sys.argv[1]))

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 import client
 from federation import bundle
 from federation.config import Config
+from federation.packing import unpack
 from federation.task import open_data
 
 
@@ -55,7 +56,8 @@ class InMemoryGrid(Grid):
 
     def models(self, message_type: str) -> list[ArrayRecord]:
         """Return the models that messages of this type have carried to the clients, in the order of sending."""
-        contents = [message.content for message in self.messages if message.metadata.message_type == message_type]
+        sent = (message for message in self.messages if message.metadata.message_type == message_type)
+        contents = [unpack(message.content) for message in sent]
         one_each = [bundle.unpack(content)[0] if bundle.INDEX in content else content for content in contents]
         return [content.array_records["arrays"] for content in one_each if isinstance(content, RecordDict)]
 

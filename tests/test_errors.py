@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -37,10 +39,22 @@ def port() -> Iterator[int]:
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Return a function that runs a program in this process, up to where it would start others: that fails the test."""
+    """Return a function that runs a program in this process, up to where a server or client would begin its work.
+
+    That fails the test. All that comes before it is a SuperLink, which nobody can reach yet; here it is not started.
+    """
+
+    def start(*line: str) -> None:
+        assert line[0] == "flower-superlink", "it went on to start processes"
+
+    @contextmanager
+    def session(*_: object, **__: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(home=tmp_path, start=start)
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar, "HOME", tmp_path / "cache" / "cifar10")
-    monkeypatch.setattr(launch, "session", lambda *_, **__: pytest.fail("it went on to start processes"))
+    monkeypatch.setattr(launch, "session", session)
+    monkeypatch.setattr(launch, "await_server", lambda *_: pytest.fail("it went on to serve"))
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nothing can be downloaded
     handler = signal.getsignal(signal.SIGTERM)
@@ -269,7 +283,11 @@ def test_other_machines_may_connect_with_tls_or_after_a_warning(
     monkeypatch: pytest.MonkeyPatch, command: Command, keys: Path, options: list[str], address: str, warned: bool
 ) -> None:
     hosted: list[tuple[object, object]] = []
-    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append((address, tls)) or 0)
+    monkeypatch.setattr(
+        launch,
+        "host_run",
+        lambda address, config, simulated, tls, prepare: prepare() or hosted.append((address, tls)) or 0,
+    )
     said: list[str] = []
     monkeypatch.setattr(network, "print", lambda text, **_: said.append(text), raising=False)
     port = free_port()
@@ -379,7 +397,9 @@ def test_a_run_is_not_resumed_with_another_config(
 
 def test_a_run_is_resumed_with_its_own_config(command: Command, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hosted: list[Config] = []
-    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
+    monkeypatch.setattr(
+        launch, "host_run", lambda address, config, simulated, tls, prepare: prepare() or hosted.append(config) or 0
+    )
     assert command("server.py", "--resume", "--rounds", "5", "--address", f"127.0.0.1:{free_port()}")[0] == 0
     (config,) = hosted
     own = {"data": cifar.EMBEDDED, "out": str(begun), "learning-rate": 0.01, "seed": 7}
@@ -390,7 +410,9 @@ def test_a_run_that_has_moved_is_resumed_where_it_is(
     command: Command, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosted: list[Config] = []
-    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
+    monkeypatch.setattr(
+        launch, "host_run", lambda address, config, simulated, tls, prepare: prepare() or hosted.append(config) or 0
+    )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
     monkeypatch.chdir(tmp_path / "elsewhere")

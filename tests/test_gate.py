@@ -1,4 +1,4 @@
-"""The gate: calls of clients pass it unchanged, and nothing else ever reaches the SuperLink behind it."""
+"""The gate: calls of clients pass it unchanged, nothing else ever reaches the SuperLink, and "not yet" is held."""
 
 import contextlib
 import http.client
@@ -6,7 +6,9 @@ import logging
 import random
 import re
 import socket
+import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -15,19 +17,22 @@ from typing import Any
 
 import pytest
 import uvicorn
+from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.message_pb2 import PullObjectResponse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import federation.gate
 from federation import launch
 from federation.certificates import make_authority, make_server
-from federation.gate import gate
+from federation.gate import NOT_YET, gate
 from federation.network import LaunchError, free_port, is_up
 from federation.session import session
 from tests.conftest import eventually
 
 Headers = list[tuple[str, str]]
-CALL = "/v1/fleet/pull-messages"
+CALL = "/v1/fleet/push-messages"
+PULL = "/v1/fleet/pull-messages"
 BINARY = "application/x-protobuf"
 MIB = 2**20
 
@@ -49,6 +54,7 @@ class Upstream:
     status: int = 200
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     answer: bytes | None = None
+    first: list[bytes] = field(default_factory=list)  # answers that come before that one
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", True
@@ -60,8 +66,9 @@ class Upstream:
         headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
         path = scope["raw_path"].decode()
         self.seen.append(Request(scope["method"], path, scope["query_string"], headers, body))
+        answer = self.first.pop(0) if self.first else body if self.answer is None else self.answer
         await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
-        await send({"type": "http.response.body", "body": body if self.answer is None else self.answer})
+        await send({"type": "http.response.body", "body": answer})
 
 
 @contextlib.contextmanager
@@ -154,6 +161,7 @@ def test_a_body_of_any_size_passes(upstream: Upstream, port: int, size: int, pie
 
 @pytest.mark.parametrize("call", ["register-node", "pull-messages", "push-object", "x"])
 def test_every_call_of_clients_passes(upstream: Upstream, port: int, call: str) -> None:
+    upstream.answer = b"answer"
     assert ask(port, "POST", f"/v1/fleet/{call}")[0] == 200
     assert [(request.method, request.path) for request in upstream.seen] == [("POST", f"/v1/fleet/{call}")]
 
@@ -182,6 +190,65 @@ def test_no_header_that_is_meant_for_one_hop_passes(upstream: Upstream, port: in
 def test_an_answer_is_not_compressed_for_one_who_has_not_asked_for_that(upstream: Upstream, port: int) -> None:
     ask(port, "POST", CALL)
     assert not {"accept-encoding", "accept", "user-agent"} & upstream.seen[0].headers.keys(), "nothing is added"
+
+
+# ---------------------------------------------------------------------------------------------------- what is held
+
+HELD = pytest.mark.parametrize(("path", "not_yet"), [(f"/v1/fleet/{call}", text) for call, text in NOT_YET.items()])
+
+
+def test_what_is_held_is_what_flower_answers_when_there_is_nothing_yet() -> None:
+    assert NOT_YET["pull-messages"] == PullMessagesResponse().SerializeToString()
+    assert NOT_YET["pull-object"] == PullObjectResponse(object_found=True).SerializeToString()
+    assert NOT_YET["pull-object"] != PullObjectResponse().SerializeToString(), "an object that will never come"
+
+
+@HELD
+def test_the_answer_not_yet_is_held_until_there_is_another(
+    upstream: Upstream, port: int, path: str, not_yet: bytes
+) -> None:
+    upstream.first, upstream.answer = [not_yet] * 3, b"message"
+    assert ask(port, "POST", path, b"question", [("X-Signature", "s")])[::2] == (200, b"message")
+    assert [(request.body, request.headers["x-signature"]) for request in upstream.seen] == [(b"question", "s")] * 4
+
+
+@HELD
+def test_no_error_is_held(upstream: Upstream, port: int, path: str, not_yet: bytes) -> None:
+    upstream.status, upstream.answer = 401, not_yet
+    assert ask(port, "POST", path)[::2] == (401, not_yet)
+    assert len(upstream.seen) == 1
+
+
+def test_nothing_is_held_for_ever(upstream: Upstream, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation.gate, "HOLD", 0.3)
+    upstream.answer = b""
+    assert ask(port, "POST", PULL)[::2] == (200, b"")
+    assert len(upstream.seen) > 1
+
+
+def test_nothing_is_asked_for_a_client_that_has_gone(upstream: Upstream, port: int) -> None:
+    upstream.answer = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(f"POST {PULL} HTTP/1.1\r\nHost: here\r\nContent-Length: 0\r\n\r\n".encode())
+        eventually(lambda: len(upstream.seen) > 1, 10)
+    ended = len(upstream.seen)
+    for _ in range(10):  # each may take a turn of its own
+        assert ask(port, "GET", "/health")[0] == 200
+        time.sleep(federation.gate.PACE)
+    assert len([request for request in upstream.seen[ended:] if request.path == PULL]) <= 1
+
+
+def test_hundreds_may_wait_and_all_are_answered_once_there_is_something(upstream: Upstream, port: int) -> None:
+    upstream.answer = b""
+    with ThreadPoolExecutor(200) as clients:
+        waiting = [clients.submit(ask, port, "POST", PULL) for _ in range(200)]
+        eventually(lambda: len(upstream.seen) > 220, 10)
+        started, asked = time.monotonic(), len(upstream.seen)
+        eventually(lambda: time.monotonic() > started + 1, 10)
+        assert len(upstream.seen) - asked < 2 / federation.gate.PACE, "the more wait, the less often each one asks"
+        upstream.answer = b"message"
+        assert {future.result(5)[2] for future in waiting} == {b"message"}
+    assert len(upstream.seen) < 200 * 3
 
 
 # ---------------------------------------------------------------------------------------------------- what does not

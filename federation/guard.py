@@ -1,0 +1,42 @@
+"""The guard: a process that outlives a session's launcher, and then kills what it has left behind.
+
+Everything that a launcher starts carries a mark in its environment. The guard waits for its parent to end, however it
+ends, and then kills whatever carries the mark: nothing of ours survives Ctrl-C or `kill -9`.
+"""
+
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+MARK = "FEDERATION_SESSION"  # the environment variable that all processes of a launcher carry
+
+
+def guard(home: Path) -> None:
+    """Wait until the parent closes our standard input or dies, then kill all processes of its session."""
+    with suppress(OSError):
+        sys.stdin.read()
+    kill_all(home.name)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def kill_all(mark: str) -> None:
+    """Kill all processes that carry the mark, and those that they start meanwhile."""
+    while marked := [process for process in psutil.process_iter() if _mark(process) == mark]:
+        for process in marked:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(marked, timeout=0.2)
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return str(process.environ().get(MARK)) if process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.Error, OSError):
+        return None
+
+
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))
