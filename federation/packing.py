@@ -8,13 +8,15 @@ import json
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from federation import weights
+
 MOST = 16 * 2**20  # bytes: with more of them, passing them on takes longer than the calls, and a copy takes memory
 PACKED = "packed"  # the stype of an array that holds others, one after the other as Flower serialises them
 
 
 def pack(content: RecordDict) -> RecordDict:
     """Return `content` with the arrays of each record that has several in one, unless they are large."""
-    small = {key: arrays for key, arrays in content.array_records.items() if _size(arrays) <= MOST}
+    small = {key: arrays for key, arrays in content.array_records.items() if weights.size(arrays) <= MOST}
     records = {key: _pack(arrays) for key, arrays in small.items() if len(arrays) > 1}
     return RecordDict({**content, **records})
 
@@ -33,10 +35,6 @@ def packed_replies(message: Message, context: Context, call_next: ClientAppCalla
     if reply.has_content():
         reply.content = pack(reply.content)
     return reply
-
-
-def _size(arrays: ArrayRecord) -> int:
-    return sum(len(array.data) for array in arrays.values())
 
 
 def _is_packed(arrays: ArrayRecord) -> bool:
