@@ -48,7 +48,7 @@ class Terminal:
     def wait(self, timeout: float = 240) -> int:
         return self.process.wait(timeout)
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 240) -> None:
         eventually(lambda: text in self.text or self.process.poll() is not None, timeout)
         assert text in self.text, self.text
 
