@@ -1,4 +1,5 @@
-# make demo: the centralized script, and then the same script federated, side by side.  make test: the test suite.
+# make demo: the centralized script, and then the same script federated, side by side.
+# make test: the test suite.  make test-slow: the longer tests, which start many processes.
 # PYTHON picks the interpreter that makes .venv; DATA names a data folder for the demo.
 PYTHON ?= python3
 DATA ?=
@@ -6,15 +7,15 @@ BIN := .venv/bin
 OPTIONS := $(if $(DATA),--data $(DATA))
 
 EXTRAS ?= dev
+TEST := $(BIN)/pytest -n 2 --dist loadfile --durations 20
 
-.PHONY: demo test lint install
+.PHONY: demo test test-slow lint install
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -e ".[$(EXTRAS)]"
 	touch $@
 
 demo: install
@@ -26,7 +27,10 @@ demo: install
 	@$(BIN)/python benchmarks/side_by_side.py $(OPTIONS)
 
 test: install
-	$(BIN)/pytest
+	$(TEST)
+
+test-slow: install
+	$(TEST) -m slow
 
 lint: install
 	$(BIN)/ruff check .

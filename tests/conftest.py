@@ -16,6 +16,9 @@ from unittest.mock import patch
 import psutil
 import pytest
 
+USUAL = os.environ.copy()  # the environment of commands, as a user has it
+if "PYTEST_XDIST_WORKER" in os.environ:  # which shares the cores with others: more threads would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 with suppress(ImportError):
     import triton  # noqa: F401  (PyTorch does so at its first optimizer, and crashes if TensorFlow is loaded by then)
 
@@ -48,7 +51,7 @@ class Terminal:
     def wait(self, timeout: float = 240) -> int:
         return self.process.wait(timeout)
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 240) -> None:
         eventually(lambda: text in self.text or self.process.poll() is not None, timeout)
         assert text in self.text, self.text
 
@@ -70,7 +73,7 @@ class Terminals:
     def __init__(self, folder: Path) -> None:
         self.folder, self.tag = folder, uuid.uuid4().hex
         self.temporary = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
-        self.environment = os.environ | {
+        self.environment = USUAL | {
             TAG: self.tag,
             "HOME": str(folder / "home"),
             "XDG_CACHE_HOME": str(folder / "home" / "cache"),

@@ -1,12 +1,13 @@
 """Three scripts that the project's client and server have never seen, each with another framework, across terminals.
 
-Two are in examples/. The third is written here, as a user's own: in a folder of its own, with its data and a helper
+Two are in examples/. The third is as a user's own: in a folder of its own, with its data and a helper
 beside it, and with what is easily lost on the way: batch statistics, groups of parameters, tensors out of line.
 """
 
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,61 +20,9 @@ from flwr.app import Array, ArrayRecord
 
 from federation import weights
 from tests.conftest import ROOT, Terminal, Terminals
+from tests.tasks import write_own
 from tests.test_terminals import free_port
 
-OWN = """
-from pathlib import Path
-
-import helper
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(8, helper.WIDTH)
-        self.norm = nn.BatchNorm1d(helper.WIDTH)
-        self.last = nn.Linear(helper.WIDTH, 3)
-        self.last.weight = nn.Parameter(0.1 * torch.randn(helper.WIDTH, 3).t())
-        self.register_buffer("scale", torch.arange(6.0)[::2] + 1)
-
-    def forward(self, x):
-        return self.last(torch.tanh(self.norm(self.first(x)))) * self.scale
-
-def load_data(root=None):
-    with np.load(Path(root or Path(__file__).parent / "data") / "samples.npz") as saved:
-        x, y = torch.from_numpy(saved["x"]), torch.from_numpy(saved["y"])
-    return (x[:200], y[:200]), (x[200:], y[200:])
-
-def train(net, data, *, epochs, lr=0.1, batch_size=32, seed=0, momentum=0.0):
-    x, y = data
-    inner = [*net.first.parameters(), *net.norm.parameters()]
-    groups = [{"params": inner}, {"params": net.last.parameters(), "weight_decay": 0.01}]
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum)
-    net.train()
-    for epoch in range(epochs):
-        total = 0.0
-        for rows in torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + epoch)).split(batch_size):
-            loss = F.cross_entropy(net(x[rows]), y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(rows)
-    return total / len(y)
-
-@torch.no_grad()
-def test(net, data):
-    logits = net.eval()(data[0])
-    return F.cross_entropy(logits, data[1]).item(), (logits.argmax(1) == data[1]).double().mean().item()
-
-if __name__ == "__main__":
-    training, testing = load_data()
-    net = Net()
-    train(net, training, epochs=20)
-    print(f"accuracy {test(net, testing)[1]:.3f}")
-"""
 NO_TORCH = "raise ImportError('there is no torch here')\n"
 
 
@@ -86,13 +35,8 @@ def needs(framework: str) -> Any:
 def own_folder(module_terminals: Terminals) -> Path:
     """A folder with a script, its helper and its data; another one, with the same data only; and no torch for JAX."""
     folder = module_terminals.folder / "own"
-    random = np.random.default_rng(0)
-    x, directions = random.normal(size=(300, 8)).astype(np.float32), random.normal(size=(8, 3))
-    for place in (folder / "data", module_terminals.folder / "elsewhere" / "data"):
-        place.mkdir(parents=True)
-        np.savez(place / "samples.npz", x=x, y=(x @ directions).argmax(1))
-    (folder / "my_script.py").write_text(OWN)
-    (folder / "helper.py").write_text("WIDTH = 16\n")
+    write_own(folder)
+    shutil.copytree(folder / "data", module_terminals.folder / "elsewhere" / "data")
     (module_terminals.folder / "no_torch").mkdir()
     (module_terminals.folder / "no_torch" / "torch.py").write_text(NO_TORCH)
     return folder
@@ -106,14 +50,15 @@ def runs(module_terminals: Terminals, own_folder: Path) -> dict[str, SimpleNames
     elsewhere = own_folder.parent / "elsewhere"
     sites = [({"PWD": str(own_folder)}, ()), ({"PWD": str(elsewhere)}, ("--data", str(elsewhere / "data")))]
     started = {}
+    embedded = ("--data", "embedded", "--rounds", "2")
     for task, framework, environment, options, clients in (
-        ("examples.mnist_jax", "jax", no_torch, ("--data", "embedded"), [(no_torch, ())]),
-        ("examples.cifar_keras", "keras", plain, ("--data", "embedded"), [(plain, ())]),
-        ("my_script", "torch", sites[0][0], (), sites),
+        ("examples.mnist_jax", "jax", no_torch, embedded, [(no_torch, ())]),
+        ("examples.cifar_keras", "keras", plain, embedded, [(plain, ())]),
+        ("my_script", "torch", sites[0][0], ("--rounds", "1"), sites),
     ):
         if importlib.util.find_spec(framework):
             address, out = f"127.0.0.1:{free_port()}", own_folder.parent / task
-            command = ("--task", task, "--rounds", "1", "--clients", str(len(clients)), "--address", address)
+            command = ("--task", task, "--clients", str(len(clients)), "--address", address)
             server = module_terminals.open("server.py", *command, "--out", str(out), *options, **environment)
             joined = [module_terminals.open("client.py", "--server", address, *own, **where) for where, own in clients]
             started[task] = out, server, joined
@@ -146,14 +91,15 @@ def test_clients_train_it_and_the_server_agrees(
     metrics = runs[task].metrics
     assert metrics["task"] == task and metrics["status"] == "finished"
     assert (metrics["dataset"]["train"], metrics["dataset"]["test"]) == samples
-    before, after = metrics["rounds"]
+    before, *_, after = metrics["rounds"]
     assert (
         after["clients"] == clients and after["dropped"] == 0 and after["samples"] == [samples[0] // clients] * clients
     )
     assert after["clients_accuracy"] == pytest.approx(after["server_accuracy"], rel=1e-6)
     assert after["clients_loss"] == pytest.approx(after["server_loss"], rel=1e-4)
     assert after["server_loss"] < before["server_loss"]
-    assert runs[task].text.count("trained on") == runs[task].text.count("tested on") == clients
+    messages = clients * (len(metrics["rounds"]) - 1)
+    assert runs[task].text.count("trained on") == runs[task].text.count("tested on") == messages
 
 
 @needs("jax")
@@ -208,14 +154,6 @@ def test_a_script_of_ones_own_is_found_to_be_a_task(own_folder: Path) -> None:
     assert last == "my_script can be federated, but mind the 1 above"
 
 
-def test_a_script_of_ones_own_climbs_the_ladder(own_folder: Path) -> None:
-    ladder = [str(ROOT / "tests" / "test_ladder.py"), "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
-    command = [sys.executable, "-m", "pytest", *ladder, "--task", "my_script", "-p", "no:cacheprovider", "-q", "-rs"]
-    climb = subprocess.run(command, cwd=own_folder, capture_output=True, text=True, timeout=300)
-    assert "14 passed, 6 skipped" in climb.stdout, climb.stdout
-    assert climb.stdout.count("is not the mean of its steps on two parts of them") == 2, "three of each test"
-
-
 EXAMPLES = [
     pytest.param("examples.mnist_jax", "20 passed", marks=needs("jax")),
     pytest.param("examples.cifar_keras", "12 passed, 8 skipped", marks=needs("keras")),
@@ -224,19 +162,19 @@ EXAMPLES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "_"), EXAMPLES)
-def test_a_simulation_ends_with_the_same_weights_and_can_be_resumed(
+def test_a_run_that_is_resumed_in_a_simulation_ends_with_the_same_weights(
     runs: dict[str, SimpleNamespace], module_terminals: Terminals, task: str, _: str
 ) -> None:
-    out = module_terminals.folder / f"simulated-{task}"
-    options = ("--task", task, "--data", "embedded", "--simulate", "1", "--out", str(out))
-    status, text = module_terminals.run("server.py", *options, "--rounds", "1")
-    assert status == 0, text
-    simulated = json.loads((out / "metrics.json").read_text())
-    assert simulated["final_weights_sha256"] == runs[task].metrics["final_weights_sha256"]
+    """Of the two rounds across terminals, the second is played again."""
+    out = module_terminals.folder / f"resumed-{task}"
+    shutil.copytree(runs[task].out, out)
+    (out / "checkpoint-2.npz").unlink()
     status, text = module_terminals.run("server.py", "--simulate", "1", "--resume", "--rounds", "2", "--out", str(out))
     assert status == 0, text
-    resumed = json.loads((out / "metrics.json").read_text())
-    assert resumed["rounds"][:2] == simulated["rounds"] and len(resumed["rounds"]) == 3
+    resumed, played = json.loads((out / "metrics.json").read_text()), runs[task].metrics
+    assert resumed["rounds"][:2] == played["rounds"][:2] and len(resumed["rounds"]) == 3
+    assert resumed["rounds"][2]["seconds"] != played["rounds"][2]["seconds"], "it was played again"
+    assert resumed["final_weights_sha256"] == played["final_weights_sha256"]
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from federation.config import Config
 from federation.console import FOLDER
 from tests.conftest import Terminal, Terminals
 from tests.in_memory import InMemoryGrid
+from tests.tasks import TINY
 from tests.test_faults import assert_all_gone, metrics_of, named
-from tests.test_ladder_itself import CAREFUL
 from tests.test_terminals import free_port
 
 pytestmark = pytest.mark.slow
@@ -36,8 +36,8 @@ def undisturbed(folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -
     """Return the SHA-256 of the final weights of the same run in one process, in which nobody is killed."""
     monkeypatch.setitem(os.environ, FOLDER, str(folder))
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "careful", raising=False)
-    config = config | {"task": "careful", "out": str(folder / "undisturbed")}
+    monkeypatch.delitem(sys.modules, "tiny", raising=False)
+    config = config | {"task": "tiny", "out": str(folder / "undisturbed")}
     server.main(InMemoryGrid(config, {1: {}, 2: {}}), Context(1, 0, {}, RecordDict(), config))
     return str(metrics_of(folder / "undisturbed")["final_weights_sha256"])
 
@@ -58,24 +58,16 @@ def kill(terminals: Terminals, terminal: Terminal, part: str) -> None:
 
 
 @pytest.mark.usefixtures("one_thread", "in_a_run")
-@pytest.mark.parametrize(
-    ("strategy", "kills"),
-    [
-        ("fedavg", [("client 1 joined", "")]),
-        ("fedadam", [("\n    1  ", "flower-superlink"), ("\n    2  ", "flwr-serverapp")]),
-    ],
-    ids=["fedavg, the launcher", "fedadam, SuperLink and ServerApp"],
-)
-def test_a_server_that_is_killed_goes_on(
-    terminals: Terminals, strategy: str, kills: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (terminals.folder / "careful.py").write_text(CAREFUL)
-    config = SETTINGS | {"strategy": strategy}
+def test_a_server_that_is_killed_goes_on(terminals: Terminals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the launcher, then SuperLink, then the ServerApp; with FedAdam, which has a state to go on from."""
+    kills = [("client 1 joined", ""), ("\n    1  ", "flower-superlink"), ("\n    2  ", "flwr-serverapp")]
+    (terminals.folder / "tiny.py").write_text(TINY)
+    config = SETTINGS | {"strategy": "fedadam"}
     address = f"127.0.0.1:{free_port()}"
     start = ("server.py", "--address", address)
     clients = [terminals.open("client.py", "--server", address, "--threads", "1") for _ in range(2)]
 
-    running = terminals.open(*start, "--task", "careful", "--run-config", as_text(config))
+    running = terminals.open(*start, "--task", "tiny", "--run-config", as_text(config))
     for moment, part in kills:
         running.wait_for(moment, 300)
         kill(terminals, running, part)

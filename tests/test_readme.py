@@ -97,8 +97,14 @@ def checkout(terminals: Terminals) -> Path:
     return folder
 
 
+def put_in_its_usual_place(data: Path, terminals: Terminals) -> None:
+    """Let a folder of images be found without --data: fewer than the embedded ones, where these take longer."""
+    shutil.copytree(data, Path(terminals.environment["XDG_CACHE_HOME"]) / "cifar10")
+
+
 @pytest.mark.slow
 def test_more_clients_and_rounds(terminals: Terminals, checkout: Path) -> None:
+    put_in_its_usual_place(checkout / "DIR", terminals)
     server = terminals.shell("python server.py --clients 3 --rounds 2", checkout)
     clients = [terminals.shell("python client.py", checkout) for _ in range(3)]
     assert server.wait(400) == 0, server.text
@@ -182,6 +188,7 @@ def test_keras(terminals: Terminals, checkout: Path) -> None:
     pytest.importorskip("keras")
     alone = terminals.shell("python examples/cifar_keras.py", checkout)
     assert alone.wait(400) == 0 and "EMBEDDED" in alone.text, alone.text
+    put_in_its_usual_place(checkout / "DIR", terminals)
     elsewhere = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_TELEMETRY_ENABLED": "0"}
     command = """flwr run . --run-config "task='examples.cifar_keras' num-clients=10 fraction-train=0.5" --federation-config "num-supernodes=10 client-resources-num-cpus=1" --stream"""  # noqa: E501
     flwr = terminals.shell(f"export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 && {command}", checkout, **elsewhere)
@@ -195,6 +202,7 @@ def test_flwr_run(terminals: Terminals, checkout: Path) -> None:
     """All of them on one SuperLink, which the first starts and leaves behind: Flower's way, and ours to clean up."""
     elsewhere = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_TELEMETRY_ENABLED": "0"}
     results = terminals.folder / "home" / "runs" / "federated"
+    put_in_its_usual_place(checkout / "DIR", terminals)
     for command, rounds, batch_size, clients in (
         ("flwr run . --stream", 3, 32, 2),
         ('flwr run . --stream --run-config "num-server-rounds=5 batch-size=16"', 5, 16, 2),

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 
 import cifar
 import client as client_app
-from federation import bundle, client_grid, partition, roster, weights
+from federation import bundle, client_grid, packing, partition, roster, weights
 from federation.client_grid import ClientGrid, seed_sampling
 from federation.config import checked
 from federation.roster import Roster
@@ -120,6 +120,7 @@ class FakeGrid(Grid):
         if client is None:
             self.replies[identity] = (self.clock.now, Message(Error(7, "message unavailable"), reply_to=message))
             return identity
+        message.content = packing.unpack(message.content)
         client.received.append(message)
         if message.metadata.message_type == "query.leave":
             if not client.stays:

@@ -1,0 +1,99 @@
+"""Scripts that the project has never seen: for tests of all but the training, and for tests of what scripts may be."""
+
+from pathlib import Path
+
+import numpy as np
+
+# So small that its training takes no time, and its import little.
+TINY = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+def Net():
+    return nn.Linear(256, 10)
+
+def load_data(root=None):
+    x = torch.randn(90, 256, generator=torch.Generator().manual_seed(0))
+    return (x[:62], x[:62, :10].argmax(1)), (x[62:], x[62:, :10].argmax(1))
+
+def train(net, data, *, epochs, lr=0.1, batch_size, seed):
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(data[1]), generator=torch.Generator().manual_seed(seed + epoch)).split(8):
+            loss = F.cross_entropy(net(data[0][rows]), data[1][rows])
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+            with torch.no_grad():  # torch.optim would take seconds to import
+                for weights, gradient in zip(net.parameters(), gradients):
+                    weights -= lr * gradient
+    return loss.item()
+
+def test(net, data):
+    with torch.no_grad():
+        logits = net(data[0])
+    return F.cross_entropy(logits, data[1]).item(), (logits.argmax(1) == data[1]).float().mean().item()
+"""
+
+# A user's own: with its data and a helper beside it, and with what is easily lost on the way.
+OWN = """
+from pathlib import Path
+
+import helper
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, helper.WIDTH)
+        self.norm = nn.BatchNorm1d(helper.WIDTH)
+        self.last = nn.Linear(helper.WIDTH, 3)
+        self.last.weight = nn.Parameter(0.1 * torch.randn(helper.WIDTH, 3).t())
+        self.register_buffer("scale", torch.arange(6.0)[::2] + 1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x)))) * self.scale
+
+def load_data(root=None):
+    with np.load(Path(root or Path(__file__).parent / "data") / "samples.npz") as saved:
+        x, y = torch.from_numpy(saved["x"]), torch.from_numpy(saved["y"])
+    return (x[:200], y[:200]), (x[200:], y[200:])
+
+def train(net, data, *, epochs, lr=0.1, batch_size=32, seed=0, momentum=0.0):
+    x, y = data
+    inner = [*net.first.parameters(), *net.norm.parameters()]
+    groups = [{"params": inner}, {"params": net.last.parameters(), "weight_decay": 0.01}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    net.train()
+    for epoch in range(epochs):
+        total = 0.0
+        for rows in torch.randperm(len(y), generator=torch.Generator().manual_seed(seed + epoch)).split(batch_size):
+            loss = F.cross_entropy(net(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+    return total / len(y)
+
+@torch.no_grad()
+def test(net, data):
+    logits = net.eval()(data[0])
+    return F.cross_entropy(logits, data[1]).item(), (logits.argmax(1) == data[1]).double().mean().item()
+
+if __name__ == "__main__":
+    training, testing = load_data()
+    net = Net()
+    train(net, training, epochs=20)
+    print(f"accuracy {test(net, testing)[1]:.3f}")
+"""
+
+
+def write_own(folder: Path) -> None:
+    """Make a folder of a script of one's own, `my_script`, with its helper and its data."""
+    (folder / "data").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    x, directions = random.normal(size=(300, 8)).astype(np.float32), random.normal(size=(8, 3))
+    np.savez(folder / "data" / "samples.npz", x=x, y=(x @ directions).argmax(1))
+    (folder / "my_script.py").write_text(OWN)
+    (folder / "helper.py").write_text("WIDTH = 16\n")
