@@ -1,0 +1,194 @@
+"""How long does a round of simulated clients take? server.py --simulate against a plain loop and other frameworks.
+
+    python benchmarks/simulated_rounds.py --pfl-python PFL/bin/python --nvflare-python NVFLARE/bin/python
+    python benchmarks/simulated_rounds.py --sides plain ours --clients 10 --repeats 1
+
+All clients train in every round: LeNet, one local epoch of SGD in batches of 32, IID partitions. A round is training,
+aggregation and the central test; no client evaluates. What is counted are the rounds from the second on. With 10
+clients there is also a run of 2 rounds, from the command to its exit. Memory is the sum over all processes of a side
+(proportional set size, looked at twice a second, its peak). The sides, with as many workers as --workers says:
+
+- plain: peers/plain_loop.py, cifar.train in worker processes, the floor;
+- pfl: pfl-research 0.6 in an environment of its own: pip install "pfl[pytorch]==0.6.*" tqdm;
+- nvflare: NVFlare 2.9's simulator, with 10 clients only, in one of its own: pip install "nvflare==2.9.*" torch tqdm;
+- ours: `python server.py --simulate N`, which finds the number of its workers itself.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from harness import FOLDER, ROOT, LaunchError, launch, session, start
+
+import cifar
+
+PEERS = Path(__file__).resolve().parent / "peers"
+SIDES = ("plain", "pfl", "nvflare", "ours")
+MODULES = {"pfl": "pfl", "nvflare": "nvflare"}  # what has to be importable in a side's own environment
+INSTALL = {"pfl": 'pip install "pfl[pytorch]==0.6.*" tqdm', "nvflare": 'pip install "nvflare==2.9.*" torch tqdm'}
+ROUNDS = 3
+WHOLE_CLIENTS, WHOLE_ROUNDS = 10, 2  # the run that is measured from its command to its exit
+SLOWEST_CLIENTS = 10  # NVFlare needs 3 s for each, so it is spared more of them
+BOUNDS = {10: 1.25, 100: 1.25, 1000: 1.6}  # seconds per round, ours over pfl's
+WHOLE_BOUND = 1.4
+MEMORY_BOUND = 3.0  # GB
+SERVER_CONFIG = "fraction-evaluate=0 local-epochs=1 batch-size=32"
+
+Case = tuple[int, int]  # clients and rounds
+
+
+@dataclass
+class Run:
+    """One run of one side."""
+
+    rounds: list[float]  # seconds of each round from the second on
+    whole: float  # seconds from the command to its exit
+    accuracy: float  # of the last model, on the whole test set
+    memory: float  # GB, the peak of the sum over all processes
+
+
+def command(side: str, case: Case, out: Path, args: argparse.Namespace) -> list[str]:
+    """Return the command line of a side."""
+    clients, rounds = case
+    where = ["--data", args.data, "--rounds", str(rounds), "--out", str(out)]
+    if side == "ours":
+        return [
+            sys.executable,
+            str(ROOT / "server.py"),
+            "--simulate",
+            str(clients),
+            "--run-config",
+            SERVER_CONFIG,
+            *where,
+        ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.workers)]
+    program = {
+        "plain": [sys.executable, str(PEERS / "plain_loop.py")],
+        "pfl": [args.pfl_python, *torchrun, str(PEERS / "pfl_research.py")],
+        "nvflare": [args.nvflare_python, str(PEERS / "nvflare_server.py")],
+    }[side]
+    return [*program, "--clients", str(clients), "--workers", str(args.workers), *where]
+
+
+def measure(side: str, case: Case, args: argparse.Namespace) -> Run:
+    """Run a side once. Raises LaunchError if it fails, or if a client was left out of a round."""
+    out = FOLDER / side
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    environment = {} if side == "ours" else {"PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}"}
+    with session(FOLDER / f"{side}.txt", **environment) as processes:
+        started = time.perf_counter()
+        process = start(processes, *command(side, case, out, args))
+        memory = watch(process)
+        whole = time.perf_counter() - started
+        if process.returncode:
+            raise LaunchError(f"{side}: {processes.last_error()}")
+    rounds = json.loads((out / "metrics.json").read_text("utf-8"))["rounds"][1:]
+    if [row["clients"] for row in rounds] != [case[0]] * case[1]:
+        raise LaunchError(f"{side}: not all of the {case[0]} clients trained in each of the {case[1]} rounds")
+    return Run([row["seconds"] for row in rounds[1:]], whole, rounds[-1]["server_accuracy"], memory)
+
+
+def watch(process: "subprocess.Popen[str]") -> float:
+    """Wait for a process to end, and return the most memory that it and its descendants took together, in GB."""
+    most = 0
+    while process.poll() is None:
+        most = max(most, memory_of(process.pid))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+    return most / 1e9
+
+
+def memory_of(pid: int) -> int:
+    """Return the proportional set size of a process and all of its descendants, in bytes."""
+    total = 0
+    with suppress(psutil.Error):
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with suppress(psutil.Error):  # it has just ended
+                total += process.memory_full_info().pss
+    return total
+
+
+def usable(side: str, python: str | None) -> bool:
+    """Tell whether the package of a side is there; say how to get it if not."""
+    if python is None or subprocess.run([python, "-c", f"import {MODULES[side]}"], capture_output=True).returncode == 0:
+        return True
+    print(f"{side} is skipped: {python} cannot import it. In an environment of its own: {INSTALL[side]}; "
+          f"name that by --{side}-python PATH")  # fmt: skip
+    return False
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def show_table(runs: dict[Case, dict[str, list[Run]]]) -> None:
+    print(f"{'clients':>7} {'rounds':>6}  {'side':8} {'s per round':>22} {'whole, s':>22} {'accuracy':>8} {'GB':>5}")
+    for (clients, rounds), sides in runs.items():
+        for side, each in sides.items():
+            seconds = spread([value for run in each for value in run.rounds], 2)
+            whole = spread([run.whole for run in each], 1)
+            accuracy, memory = statistics.median(run.accuracy for run in each), max(run.memory for run in each)
+            print(f"{clients:7} {rounds:6}  {side:8} {seconds:>22} {whole:>22} {accuracy:8.4f} {memory:5.2f}")
+
+
+def show_ratios(runs: dict[Case, dict[str, list[Run]]]) -> None:
+    """Print ours over pfl-research's, with the bounds."""
+    for (clients, rounds), sides in runs.items():
+        if {"ours", "pfl"} <= sides.keys():
+            pairs = list(zip(sides["ours"], sides["pfl"], strict=True))
+            if rounds == ROUNDS:
+                ratios = [statistics.median(a.rounds) / statistics.median(b.rounds) for a, b in pairs]
+                bound = f", bound {BOUNDS[clients]}" if clients in BOUNDS else ""
+                print(f"{clients} clients, seconds per round, ours / pfl: {spread(ratios, 2)}{bound}")
+            else:
+                ratios = [a.whole / b.whole for a, b in pairs]
+                print(
+                    f"{clients} clients, {rounds} rounds, whole, ours / pfl: {spread(ratios, 2)}, bound {WHOLE_BOUND}"
+                )
+    memory = [run.memory for sides in runs.values() for run in sides.get("ours", [])]
+    if memory:
+        print(f"most memory of ours: {max(memory):.2f} GB, bound {MEMORY_BOUND}")
+
+
+def benchmark() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", metavar="DIR", help="as in cifar.py")
+    parser.add_argument("--repeats", type=cifar.number(int, 1), default=3, metavar="N")
+    parser.add_argument("--clients", type=cifar.number(int, 1), nargs="*", default=[*BOUNDS], metavar="N")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--no-whole", action="store_true", help="leave out the run from command to exit")
+    parser.add_argument("--workers", type=cifar.number(int, 1), default=os.cpu_count(), metavar="N", help="(all cores)")
+    parser.add_argument("--pfl-python", default=sys.executable, metavar="PATH", help="has pfl-research")
+    parser.add_argument("--nvflare-python", default=sys.executable, metavar="PATH", help="has NVFlare")
+    args = parser.parse_args()
+    args.data = cifar.find_data(args.data)
+    cifar.load_data(args.data)  # decodes the images once and for all
+    pythons = {"pfl": args.pfl_python, "nvflare": args.nvflare_python}
+    sides = [side for side in args.sides if usable(side, pythons.get(side))]
+    cases = [(clients, ROUNDS) for clients in args.clients]
+    cases += [] if args.no_whole else [(WHOLE_CLIENTS, WHOLE_ROUNDS)]
+    runs: dict[Case, dict[str, list[Run]]] = {case: {} for case in cases}
+    for _ in range(args.repeats):
+        for case in cases:
+            for side in sides:
+                if side != "nvflare" or case == (SLOWEST_CLIENTS, ROUNDS):
+                    runs[case].setdefault(side, []).append(measure(side, case, args))
+                    print(case, side, runs[case][side][-1], flush=True)
+    show_table(runs)
+    show_ratios(runs)
+    return 0
+
+
+if __name__ == "__main__":
+    launch.run_command(benchmark)
