@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from harness import FOLDER, ROOT, LaunchError, launch, session, start
+from harness import FOLDER, ROOT, LaunchError, session, start
 
 import cifar
+from federation import launch
 
 PEERS = Path(__file__).resolve().parent / "peers"
 SIDES = ("plain", "pfl", "nvflare", "ours")

@@ -78,7 +78,7 @@ class Record(TrainingProcessCallback):
     def after_central_iteration(self, aggregate_metrics: Metrics, model: Any, *, central_iteration: int) -> Any:
         clients = aggregate_metrics[get_num_devices_weight_name(Population.TRAIN)]
         accuracy = aggregate_metrics[StringMetricName("Central val | accuracy")]
-        self.log.add(int(clients), accuracy)
+        self.log.add(int(clients), accuracy.overall_value)
         return False, Metrics()
 
 
