@@ -15,6 +15,7 @@ clients there is also a run of 2 rounds, from the command to its exit. Memory is
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -34,11 +35,10 @@ from federation import launch
 
 PEERS = Path(__file__).resolve().parent / "peers"
 SIDES = ("plain", "pfl", "nvflare", "ours")
-MODULES = {"pfl": "pfl", "nvflare": "nvflare"}  # what has to be importable in a side's own environment
 INSTALL = {"pfl": 'pip install "pfl[pytorch]==0.6.*" tqdm', "nvflare": 'pip install "nvflare==2.9.*" torch tqdm'}
 ROUNDS = 3
 WHOLE_CLIENTS, WHOLE_ROUNDS = 10, 2  # the run that is measured from its command to its exit
-SLOWEST_CLIENTS = 10  # NVFlare needs 3 s for each, so it is spared more of them
+NVFLARE_CLIENTS = 10  # it takes 3 s for each client in each round, so it is measured with no more of them
 BOUNDS = {10: 1.25, 100: 1.25, 1000: 1.6}  # seconds per round, ours over pfl's
 WHOLE_BOUND = 1.4
 MEMORY_BOUND = 3.0  # GB
@@ -121,11 +121,11 @@ def memory_of(pid: int) -> int:
 
 
 def usable(side: str, python: str | None) -> bool:
-    """Tell whether the package of a side is there; say how to get it if not."""
-    if python is None or subprocess.run([python, "-c", f"import {MODULES[side]}"], capture_output=True).returncode == 0:
+    """Tell whether a side's package, which has its name, is there; print how to install it if not."""
+    if python is None or subprocess.run([python, "-c", f"import {side}"], capture_output=True).returncode == 0:
         return True
-    print(f"{side} is skipped: {python} cannot import it. In an environment of its own: {INSTALL[side]}; "
-          f"name that by --{side}-python PATH")  # fmt: skip
+    print(f"{side} is skipped: {python} cannot import it; run `{INSTALL[side]}` in an environment of its own, "
+          f"and pass --{side}-python PATH")  # fmt: skip
     return False
 
 
@@ -133,33 +133,41 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def show_table(runs: dict[Case, dict[str, list[Run]]]) -> None:
-    print(f"{'clients':>7} {'rounds':>6}  {'side':8} {'s per round':>22} {'whole, s':>22} {'accuracy':>8} {'GB':>5}")
-    for (clients, rounds), sides in runs.items():
+def show_header() -> None:
+    print(f"{'clients':>7} {'rounds':>6}  {'side':8} {'s per round':>26} {'whole, s':>26} {'accuracy':>8} {'GB':>5}")
+
+
+def show_runs(case: Case, side: str, runs: list[Run]) -> None:
+    seconds = spread([value for run in runs for value in run.rounds], 2)
+    whole = spread([run.whole for run in runs], 1)
+    accuracy, memory = statistics.median(run.accuracy for run in runs), max(run.memory for run in runs)
+    print(f"{case[0]:7} {case[1]:6}  {side:8} {seconds:>26} {whole:>26} {accuracy:8.4f} {memory:5.2f}", flush=True)
+
+
+def show_ratios(case: Case, ours: list[Run], pfl: list[Run]) -> None:
+    """Print what ours takes relative to pfl-research, repeat by repeat, with the bound."""
+    clients, rounds = case
+    if rounds == ROUNDS:
+        what, bound = "seconds per round", BOUNDS.get(clients, "none")
+        ratios = [statistics.median(a.rounds) / statistics.median(b.rounds) for a, b in zip(ours, pfl, strict=True)]
+    else:
+        what, bound = f"{rounds} rounds, from the command to its exit", WHOLE_BOUND
+        ratios = [a.whole / b.whole for a, b in zip(ours, pfl, strict=True)]
+    print(f"{clients} clients, {what}: ours / pfl {spread(ratios, 2)}, bound {bound}")
+
+
+def show_summary(runs: dict[Case, dict[str, list[Run]]]) -> None:
+    print("\nAll repeats: median (least to most), and the most memory")
+    show_header()
+    for case, sides in runs.items():
         for side, each in sides.items():
-            seconds = spread([value for run in each for value in run.rounds], 2)
-            whole = spread([run.whole for run in each], 1)
-            accuracy, memory = statistics.median(run.accuracy for run in each), max(run.memory for run in each)
-            print(f"{clients:7} {rounds:6}  {side:8} {seconds:>22} {whole:>22} {accuracy:8.4f} {memory:5.2f}")
-
-
-def show_ratios(runs: dict[Case, dict[str, list[Run]]]) -> None:
-    """Print ours over pfl-research's, with the bounds."""
-    for (clients, rounds), sides in runs.items():
+            show_runs(case, side, each)
+    for case, sides in runs.items():
         if {"ours", "pfl"} <= sides.keys():
-            pairs = list(zip(sides["ours"], sides["pfl"], strict=True))
-            if rounds == ROUNDS:
-                ratios = [statistics.median(a.rounds) / statistics.median(b.rounds) for a, b in pairs]
-                bound = f", bound {BOUNDS[clients]}" if clients in BOUNDS else ""
-                print(f"{clients} clients, seconds per round, ours / pfl: {spread(ratios, 2)}{bound}")
-            else:
-                ratios = [a.whole / b.whole for a, b in pairs]
-                print(
-                    f"{clients} clients, {rounds} rounds, whole, ours / pfl: {spread(ratios, 2)}, bound {WHOLE_BOUND}"
-                )
+            show_ratios(case, sides["ours"], sides["pfl"])
     memory = [run.memory for sides in runs.values() for run in sides.get("ours", [])]
     if memory:
-        print(f"most memory of ours: {max(memory):.2f} GB, bound {MEMORY_BOUND}")
+        print(f"Memory of ours: at most {max(memory):.2f} GB, bound {MEMORY_BOUND}")
 
 
 def benchmark() -> int:
@@ -180,14 +188,13 @@ def benchmark() -> int:
     cases = [(clients, ROUNDS) for clients in args.clients]
     cases += [] if args.no_whole else [(WHOLE_CLIENTS, WHOLE_ROUNDS)]
     runs: dict[Case, dict[str, list[Run]]] = {case: {} for case in cases}
+    show_header()
     for _ in range(args.repeats):
-        for case in cases:
-            for side in sides:
-                if side != "nvflare" or case == (SLOWEST_CLIENTS, ROUNDS):
-                    runs[case].setdefault(side, []).append(measure(side, case, args))
-                    print(case, side, runs[case][side][-1], flush=True)
-    show_table(runs)
-    show_ratios(runs)
+        for case, side in itertools.product(cases, sides):
+            if side != "nvflare" or case == (NVFLARE_CLIENTS, ROUNDS):
+                runs[case].setdefault(side, []).append(measure(side, case, args))
+                show_runs(case, side, runs[case][side][-1:])
+    show_summary(runs)
     return 0
 
 
