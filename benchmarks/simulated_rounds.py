@@ -170,7 +170,7 @@ def show_summary(runs: dict[Case, dict[str, list[Run]]]) -> None:
         print(f"Memory of ours: at most {max(memory):.2f} GB, bound {MEMORY_BOUND}")
 
 
-def benchmark() -> int:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", metavar="DIR", help="as in cifar.py")
     parser.add_argument("--repeats", type=cifar.number(int, 1), default=3, metavar="N")
@@ -180,9 +180,13 @@ def benchmark() -> int:
     parser.add_argument("--workers", type=cifar.number(int, 1), default=os.cpu_count(), metavar="N", help="(all cores)")
     parser.add_argument("--pfl-python", default=sys.executable, metavar="PATH", help="has pfl-research")
     parser.add_argument("--nvflare-python", default=sys.executable, metavar="PATH", help="has NVFlare")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def benchmark() -> int:
+    args = read_options()
     args.data = cifar.find_data(args.data)
-    cifar.load_data(args.data)  # decodes the images once and for all
+    cifar.load_data(args.data)  # decodes the images once, so that no side has to
     pythons = {"pfl": args.pfl_python, "nvflare": args.nvflare_python}
     sides = [side for side in args.sides if usable(side, pythons.get(side))]
     cases = [(clients, ROUNDS) for clients in args.clients]
