@@ -12,6 +12,9 @@ clients there is also a run of 2 rounds, from the command to its exit. Memory is
 - pfl: pfl-research 0.6 in an environment of its own: pip install "pfl[pytorch]==0.6.*" tqdm;
 - nvflare: NVFlare 2.9's simulator, with 10 clients only, in one of its own: pip install "nvflare==2.9.*" torch tqdm;
 - ours: `python server.py --simulate N`, which finds the number of its workers itself.
+
+Run it on an idle machine: on a busy one Linux divides the cores by session (sched_autogroup_enabled), and torchrun
+starts a session for each of its workers, which then get several times as much as the processes of another side.
 """
 
 import argparse
