@@ -65,15 +65,8 @@ def command(side: str, case: Case, out: Path, args: argparse.Namespace) -> list[
     clients, rounds = case
     where = ["--data", args.data, "--rounds", str(rounds), "--out", str(out)]
     if side == "ours":
-        return [
-            sys.executable,
-            str(ROOT / "server.py"),
-            "--simulate",
-            str(clients),
-            "--run-config",
-            SERVER_CONFIG,
-            *where,
-        ]
+        server = [sys.executable, str(ROOT / "server.py"), "--simulate", str(clients)]
+        return [*server, "--run-config", SERVER_CONFIG, *where]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.workers)]
     program = {
         "plain": [sys.executable, str(PEERS / "plain_loop.py")],
@@ -89,7 +82,7 @@ def measure(side: str, case: Case, args: argparse.Namespace) -> Run:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     environment = {} if side == "ours" else {"PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}"}
-    with session(FOLDER / f"{side}.txt", **environment) as processes:
+    with session(FOLDER / f"{side}.txt", environment, warm_starts=False) as processes:
         started = time.perf_counter()
         process = start(processes, *command(side, case, out, args))
         memory = watch(process)
