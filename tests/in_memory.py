@@ -46,8 +46,11 @@ class InMemoryGrid(Grid):
         self.messages.append(message)
         identity = message.metadata.__dict__["_message_id"] = str(len(self.messages))  # as the SuperLink does
         with another_process():
-            self.replies[identity] = client.app(message, self.contexts[message.metadata.dst_node_id])
-        self.tamper(self.replies[identity])
+            reply = client.app(message, self.contexts[message.metadata.dst_node_id])
+        if reply.has_content():
+            reply.content = unpack(reply.content)
+        self.tamper(reply)
+        self.replies[identity] = reply
         return identity
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
