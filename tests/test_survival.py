@@ -21,7 +21,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 
 import server
-from federation import client_grid, console, picture, weights
+from federation import console, picture, roster, weights
 from federation.checkpoint import checkpoints
 from federation.folder import own
 from tests.conftest import ROOT
