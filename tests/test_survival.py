@@ -241,7 +241,7 @@ def test_a_run_waits_where_fewer_clients_are_left_than_it_needs(
     away: set[int] = set()
     untroubled = whole()
     monkeypatch.setattr(
-        client_grid, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: s and away.clear())
+        roster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: s and away.clear())
     )
     monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: sorted(set(grid.contexts) - away))
 
