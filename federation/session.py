@@ -39,6 +39,7 @@ class Session:
             "PYTHONUNBUFFERED": "1",
             "FLWR_HOME": str(home),
             "RAY_TMPDIR": str(home),
+            "RAY_worker_niceness": "0",  # the default of 15 lets any other work on the machine stop a simulation
             "FLWR_TELEMETRY_ENABLED": "0",
             "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"])),
             "FLWR_DISABLE_UPDATE_CHECK": "1",
