@@ -146,7 +146,17 @@ def test_own_images_centralized_and_simulated(terminals: Terminals, checkout: Pa
 def test_simulations(terminals: Terminals, checkout: Path) -> None:
     server = terminals.shell("python server.py --simulate 10", checkout)
     assert server.wait(400) == 0, server.text
-    assert [row["clients"] for row in metrics(checkout / "runs" / "federated")["rounds"]] == [None, 10, 10, 10]
+    assert "simulating 10 clients on " in server.text
+    simulated = metrics(checkout / "runs" / "federated")
+    assert [row["clients"] for row in simulated["rounds"]] == [None, 10, 10, 10]
+    server = terminals.shell("python server.py --clients 10 --out terminals", checkout)
+    clients = [terminals.shell("python client.py --clients 5", checkout) for _ in range(2)]
+    assert server.wait(400) == 0, server.text
+    assert [client.wait(30) for client in clients] == [0, 0]
+    assert server.text.count("5 clients joined from ") == 2
+    played = metrics(checkout / "terminals")
+    assert played["final_weights_sha256"] == simulated["final_weights_sha256"]
+    assert [row["bytes_up"] for row in played["rounds"]] == [row["bytes_up"] for row in simulated["rounds"]]
     command = "python server.py --simulate 10 --run-config \"partitioner='dirichlet' alpha=0.1\""
     server = terminals.shell(f"{command} --rounds 1 --out skewed", checkout)
     assert server.wait(400) == 0, server.text
