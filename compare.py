@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from federation import comparison, launch
+from federation import comparison, launch, simulation
 from federation.comparison import Cell, Cells, Point
 from federation.config import Config, checked, parse
 from federation.network import LaunchError
@@ -102,7 +102,7 @@ class Lab:
             "fraction-train": fraction, "fraction-evaluate": 0.0, "num-server-rounds": round(self.rounds / fraction),
         }  # fmt: skip
         with redirect_stdout(io.StringIO()):  # not its table; its progress bar goes to stderr
-            if launch.host_run(("127.0.0.1", 0), config, self.clients):
+            if launch.host_run(("127.0.0.1", 0), config, simulation.plan(self.clients, None, {})):
                 raise LaunchError(f"a federated run failed; see {out / 'log.txt'}")
         return list(json.loads((out / "metrics.json").read_text("utf-8"))["rounds"][1:])
 

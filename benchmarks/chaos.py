@@ -32,6 +32,7 @@ import client
 import server
 from cifar import Data, Net, find_data, test, train
 from federation.config import Config
+from federation.packing import unpack
 from tests.in_memory import InMemoryGrid, in_a_run
 
 __all__ = ["Net", "find_data", "load_data", "test", "train"]
@@ -96,6 +97,7 @@ class Chaos(InMemoryGrid):
         if (process := os.fork()) == 0:
             os.close(reading)
             reply = client.app(message, self.contexts[message.metadata.dst_node_id])
+            reply.content = unpack(reply.content)
             reply = FAULTY[fault](reply) if fault in FAULTY else reply
             reply = Message(Error(0, "a fault on purpose"), reply_to=message) if fault == "failed" else reply
             with os.fdopen(writing, "wb") as pipe:

@@ -195,8 +195,8 @@ def test_federated_runs_are_counted_by_what_clients_report(
 ) -> None:
     played: list[dict[str, Any]] = []
 
-    def host_run(address: tuple[str, int], config: dict[str, Any], clients: int) -> int:
-        played.append(config | {"clients": clients})
+    def host_run(address: tuple[str, int], config: dict[str, Any], nodes: dict[str, Any]) -> int:
+        played.append(config | {"nodes": nodes["num-supernodes"]})
         numbers = {"seconds": 2.0, "server_accuracy": 0.5, "bytes_down": 10, "bytes_up": 5}
         rounds = [{"round": i, "samples": [250, 101], **numbers} for i in range(config["num-server-rounds"] + 1)]
         (Path(config["out"]) / "metrics.json").write_text(json.dumps({"rounds": rounds}))
@@ -212,7 +212,7 @@ def test_federated_runs_are_counted_by_what_clients_report(
     assert (cell["bytes_down"], cell["bytes_up"]) == (10 * rounds, 5 * rounds)
     (config,) = played
     assert config["partitioner"] == "shards" and config["fraction-train"] == fraction and config["seed"] == 7
-    assert config["clients"] == config["num-clients"] == 3
+    assert config["num-clients"] == 3 and config["nodes"] == min(3, launch.cores())
 
 
 # --------------------------------------------------------------------------------------------------- the command
