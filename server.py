@@ -65,7 +65,7 @@ def main(grid: Grid, context: Context) -> None:
         report.fail()
         roster.end_session(reason(error))
         raise
-    roster.end_session()
+    roster.end_session(meanwhile=report.draw)
 
 
 def play_round(

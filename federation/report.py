@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,11 @@ class Report:
         return len(self.metrics["rounds"])
 
     def partitions(self, parts: dict[str, list[Rows]], data: Any) -> None:
-        """Note, and draw, how many samples of each class each client holds."""
+        """Note how many samples of each class each client holds."""
         for (split, held), (_, labels) in zip(parts.items(), data, strict=False):
             self.metrics["partitions"][split] = count(labels, held)
         if parts:
             self._write()
-            self._draw("partitions")
 
     def round(self, arrays: ArrayRecord, state: Records, **numbers: Any) -> None:
         """Add a round that has made the global model `arrays`, with the strategy in `state`, and show it."""
@@ -99,16 +99,23 @@ class Report:
         say("  ".join(_cell(row[key], form) for key, form in COLUMNS.values()))
 
     def finish(self, net: Any) -> None:
-        """Save the final model and the picture."""
+        """Save the final model."""
         assert self.arrays is not None
         weights.to_net(self.arrays, net)
         framework = weights.framework(net)
         model = f"final_model{framework.suffix}"
         self._save(model, lambda path: framework.save(net, path))
         self.metrics |= {"final_weights_sha256": weights.sha256(self.arrays), "status": "finished"}
-        self._draw("curves")
         self._write()
-        say(f"saved {model}, metrics.json and curves.png in {self.folder}")
+        say(f"saved {model} and metrics.json in {self.folder}")
+
+    def draw(self) -> None:
+        """Draw the curves of the run, and who holds what."""
+        from federation import picture  # here, since matplotlib takes a second that no round should pay for
+
+        for name, draw in {"curves": picture.curves, "partitions": picture.partitions}.items():
+            if name == "curves" or self.metrics["partitions"]:
+                self._save(f"{name}.png", partial(draw, self.metrics))
 
     def fail(self) -> None:
         self.metrics["status"] = "failed"
@@ -118,11 +125,6 @@ class Report:
     def _write(self) -> None:
         text = json.dumps(self.metrics, indent=2)
         self._save("metrics.json", lambda path: path.write_text(text + "\n", "utf-8"))
-
-    def _draw(self, what: str) -> None:
-        from federation import picture  # here, since matplotlib takes a second that no round should pay for
-
-        self._save(f"{what}.png", lambda path: getattr(picture, what)(self.metrics, path))
 
     def _save(self, name: str, write: Callable[[Path], object]) -> None:
         with self._saving(name):

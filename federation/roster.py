@@ -1,7 +1,7 @@
 """Who takes part: nodes join with the clients that they play, each client gets a partition, and all leave."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -199,12 +199,15 @@ class Roster:
 
     # ------------------------------------------------------------------------------------------------------ leaving
 
-    def end_session(self, error: str = "", node: int | None = None) -> None:
-        """Tell all nodes, or one, that they are done, well ("") or not; wait until all have gone."""
+    def end_session(
+        self, error: str = "", node: int | None = None, meanwhile: Callable[[], object] = lambda: None
+    ) -> None:
+        """Tell all nodes, or one, that they are done, well ("") or not; call `meanwhile`, and wait until they are gone."""
         named = {client.node for client in self.clients.values() if client.name}
         nodes = (named if node is None else {node}) & set(self.grid.get_node_ids())
         goodbye = RecordDict({"goodbye": ConfigRecord({"error": error})})
         self._query("leave", goodbye, nodes)
+        meanwhile()
         deadline = time.monotonic() + (15 if node is None else 0)  # one who is refused holds nobody up
         while nodes & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)

@@ -240,9 +240,7 @@ def test_a_run_waits_where_fewer_clients_are_left_than_it_needs(
 ) -> None:  # fmt: skip
     away: set[int] = set()
     untroubled = whole()
-    monkeypatch.setattr(
-        roster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: s and away.clear())
-    )
+    monkeypatch.setattr(roster, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: s and away.clear()))
     monkeypatch.setattr(InMemoryGrid, "get_node_ids", lambda grid: sorted(set(grid.contexts) - away))
 
     def tamper(reply: Message) -> None:
