@@ -202,7 +202,10 @@ class Roster:
     def end_session(
         self, error: str = "", node: int | None = None, meanwhile: Callable[[], object] = lambda: None
     ) -> None:
-        """Tell all nodes, or one, that they are done, well ("") or not; call `meanwhile`, and wait until they are gone."""
+        """Tell all nodes, or one, that they are done, well ("") or not; wait until they have gone.
+
+        `meanwhile` is called before the wait. The nodes of a simulation are not told: they end with it.
+        """
         named = {client.node for client in self.clients.values() if client.name}
         nodes = (named if node is None else {node}) & set(self.grid.get_node_ids())
         goodbye = RecordDict({"goodbye": ConfigRecord({"error": error})})
