@@ -40,13 +40,22 @@ class Sent:
 class Exchange:
     """Messages that are sent and waited for together."""
 
+    doing: str  # what the clients are doing, in a word
     count: int
     pending: dict[str, Message]  # the questions without a reply, by their ids
+    shown: int = -1  # how many replies the terminal knows of
     good: list[Message] = field(default_factory=list)
     rejected: dict[str, list[int]] = field(default_factory=dict)  # positions by reason
 
     def reject(self, question: Message, why: str) -> None:
         self.rejected.setdefault(why, []).append(question.metadata.dst_node_id)
+
+    def show_progress(self) -> None:
+        """Tell the terminal, where that has changed, how many clients have replied."""
+        done = self.count - len(self.pending)
+        if done != self.shown and self.count:
+            tell(progress=(done, self.count), doing=self.doing)
+            self.shown = done
 
 
 class ClientGrid(Grid):
@@ -131,7 +140,7 @@ class ClientGrid(Grid):
         return [*self._pull(list(message_ids)).values()]
 
     def _pull(self, ids: list[str]) -> dict[str, Message]:
-        wanted = {identity.partition("/")[0] for identity in ids} & self.sent.keys()
+        wanted = {identity.rpartition("/")[0] for identity in ids} & self.sent.keys()
         for reply in self.grid.pull_messages(list(wanted)) if wanted else ():
             sent = self.sent.pop(reply.metadata.reply_to_message_id)
             self.replies |= zip(sent.questions, _unwrap(reply, sent), strict=True)
@@ -145,8 +154,10 @@ class ClientGrid(Grid):
         timeout = self.config["round-timeout"] if timeout is None else timeout
         exchange = self._begin(list(messages))
         deadline, look = time.monotonic() + timeout, 0.0
+        exchange.show_progress()
         while exchange.pending:
             self._receive(exchange)
+            exchange.show_progress()
             if time.monotonic() > look:
                 look = time.monotonic() + PRESENCE
                 self._reject_absent(exchange)
@@ -158,13 +169,15 @@ class ClientGrid(Grid):
 
     def _begin(self, questions: list[Message]) -> Exchange:
         pairs = [*zip(self.push_messages(questions), questions, strict=True)]
-        exchange = Exchange(len(questions), {identity: question for identity, question in pairs if identity})
+        doing = DOING.get(questions[0].metadata.message_type, "waiting") if questions else ""
+        pending = {identity: question for identity, question in pairs if identity}
+        exchange = Exchange(doing, len(questions), pending)
         for question in (question for identity, question in pairs if not identity):
             exchange.reject(question, "it has left")
         return exchange
 
     def _receive(self, exchange: Exchange) -> None:
-        """Take the replies that have arrived, and show progress."""
+        """Take the replies that have arrived."""
         for identity, reply in self._pull([*exchange.pending]).items():
             question = exchange.pending.pop(identity)
             client = self.roster.clients[question.metadata.dst_node_id]
@@ -175,8 +188,6 @@ class ClientGrid(Grid):
                 continue
             self.bytes_up += sum(weights.size(arrays) for arrays in reply.content.array_records.values())
             exchange.good.append(reply)
-            doing = DOING.get(question.metadata.message_type, "waiting")
-            tell(progress=(exchange.count - len(exchange.pending), exchange.count), doing=doing)
 
     def _reject_absent(self, exchange: Exchange) -> None:
         online = set(self.grid.get_node_ids())
@@ -186,7 +197,7 @@ class ClientGrid(Grid):
 
     def _reject_late(self, exchange: Exchange, timeout: float) -> None:
         for identity, question in exchange.pending.items():
-            self.sent.pop(identity.partition("/")[0], None)
+            self.sent.pop(identity.rpartition("/")[0], None)
             exchange.reject(question, f"no reply within {timeout:g} s")
         exchange.pending.clear()
 
