@@ -17,6 +17,7 @@ from threading import Thread
 
 import filelock
 import psutil
+from threadpoolctl import threadpool_limits
 
 from federation import certificates, hide_tensorflow
 from federation.admission import Register
@@ -286,8 +287,10 @@ def share_cores() -> None:
         os.environ[THREADS[0]] = str(max(1, cores() // max(1, clients)))
     for variable in THREADS:
         os.environ.setdefault(variable, os.environ[THREADS[0]])
+    threads = int(os.environ[THREADS[0]])
+    threadpool_limits(threads)  # of NumPy's linear algebra, too
     if torch := sys.modules.get("torch"):
-        torch.set_num_threads(int(os.environ[THREADS[0]]))
+        torch.set_num_threads(threads)
 
 
 def cores() -> int:
