@@ -95,7 +95,8 @@ def test_messages_know_nothing_of_each_other_and_outlive_the_process_they_are_fo
     folder, address = terminals.folder, f"127.0.0.1:{free_port()}"
     (folder / "forgetful.py").write_text(TASK)
     notes = folder / "notes.txt"
-    running = terminals.open("server.py", "--address", address, "--task", "forgetful", "--clients", "1")
+    command = ("server.py", "--address", address, "--task", "forgetful", "--clients", "1")
+    running = terminals.open(*command, OMP_NUM_THREADS="2")  # so that what it notes is told from what the client does
     client = terminals.open("client.py", "--server", address, "--threads", "1")
     client.wait_for("round 1: tested", 200)
     eventually(lambda: notes.read_text().count("train") == 2, 60)
