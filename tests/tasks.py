@@ -14,6 +14,8 @@ def Net():
     return nn.Linear(256, 10)
 
 def load_data(root=None):
+    if root:
+        raise ValueError(f"{root} does not exist")
     x = torch.randn(90, 256, generator=torch.Generator().manual_seed(0))
     return (x[:62], x[:62, :10].argmax(1)), (x[62:], x[62:, :10].argmax(1))
 
