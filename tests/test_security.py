@@ -85,7 +85,9 @@ def start(terminals: Terminals, *options: str) -> tuple[int, Terminal]:
 
 def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path) -> None:
     assert_private(keys)
-    port, server = start(terminals, "--clients", "3", "--rounds", "2", "--run-config", "min-clients=2")
+    hold = terminals.folder / "hold"
+    (terminals.folder / "tiny.py").write_text(held_by(hold))
+    port, server = start(terminals, "--clients", "3", "--rounds", "3", "--run-config", "min-clients=2")
     server.wait_for("waiting for 3 clients", 300)
     rogue = tmp_path / "rogue"
     make_authority(rogue)
@@ -115,9 +117,11 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
 
     members = [client(terminals, port, keys / name) for name in ("berlin", "paris", "rome")]
     server.wait_for("\n    1  ", 300)
+    hold.touch()  # or the run would be over before rome has tried to come back
     (keys / "clients" / "rome.pub").unlink()
     server.wait_for("2 keys may join", 60)
-    members[2].wait_for(", or has not noticed", 60)
+    members[2].wait_for(", or has not noticed", 120)
+    hold.unlink()
     assert server.wait(400) == 0, server.text
     assert [member.wait(60) for member in members[:2]] == [0, 0]
     members[2].interrupt()  # it would try once more, and then give up
@@ -125,6 +129,14 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
     rounds = metrics_of(terminals.folder)["rounds"]
     assert rounds[1]["clients"] == 3 and rounds[-1]["clients"] == 2
     assert_all_gone(terminals)
+
+
+def held_by(path: Path) -> str:
+    """Return the tiny task, whose training waits for as long as there is a file at `path`."""
+    wait = f"    while os.path.exists({str(path)!r}):\n        time.sleep(0.1)\n"
+    start = "    for epoch in range(epochs):\n"
+    assert start in TINY
+    return "import os, time\n" + TINY.replace(start, wait + start)
 
 
 def client(terminals: Terminals, port: int, tls: Path | None = None, host: str = "127.0.0.1") -> Terminal:
