@@ -1,5 +1,6 @@
 """Starting and stopping Flower's processes: for a server the SuperLink and a run, for a client a SuperNode."""
 
+import functools
 import json
 import os
 import shutil
@@ -275,6 +276,7 @@ def place_on_host() -> Iterator[tuple[str, Path]]:
             place += 1
 
 
+@functools.cache
 def share_cores() -> None:
     """Give this process its share of the cores, before a framework does any work: one of C clients here gets 1/C.
 

@@ -43,11 +43,17 @@ def load_task(name: str) -> ModuleType:
         extra = EXTRAS.get((getattr(error, "name", None) or "").split(".")[0])
         remedy = f"; install it by: pip install '.[{extra}]'" if extra else ""
         raise ValueError(f"task {name!r} cannot be imported: {reason(error)}{remedy}") from None
+    check_contract(task)
+    return task
+
+
+@functools.cache
+def check_contract(task: ModuleType) -> None:
+    """Raise ValueError where a task breaks the contract."""
     breaches = [_breach(task, function, arguments) for function, arguments in CONTRACT.items()]
     if any(breaches):
         names = ", ".join(f"{function}({', '.join(arguments)})" for function, arguments in CONTRACT.items())
         raise ValueError(f"{task.__file__} {', and it '.join(filter(None, breaches))}; a task has {names}")
-    return task
 
 
 def _breach(task: ModuleType, name: str, arguments: tuple[str, ...]) -> str:
