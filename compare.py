@@ -102,7 +102,7 @@ class Lab:
             "fraction-train": fraction, "fraction-evaluate": 0.0, "num-server-rounds": round(self.rounds / fraction),
         }  # fmt: skip
         with redirect_stdout(io.StringIO()):  # not its table; its progress bar goes to stderr
-            if launch.host_run(("127.0.0.1", 0), config, simulation.plan(self.clients, None, {})):
+            if launch.host_run(("127.0.0.1", 0), config, simulation.plan(self.clients)):
                 raise LaunchError(f"a federated run failed; see {out / 'log.txt'}")
         return list(json.loads((out / "metrics.json").read_text("utf-8"))["rounds"][1:])
 

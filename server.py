@@ -127,7 +127,7 @@ def command() -> int:
         overrides |= {key: value for key, value in args.items() if value is not None}
         overrides |= {} if simulate is None else {"num-clients": simulate}
         config = resumed(overrides) if overrides.get("resume") else checked(overrides)
-        nodes = simulation.plan(config["num-clients"], gpus_per_client, parse(federation_config)) if simulate else None
+        nodes = simulation.plan(config["num-clients"], gpus_per_client, federation_config) if simulate else None
     except ValueError as error:
         parser.error(str(error))
     config["out"] = launch.writable(config["out"])

@@ -6,15 +6,42 @@ import subprocess
 from math import ceil
 from typing import Any
 
+from federation.config import parse
 from federation.launch import cores
 
 NODES_PER_GPU = 4  # each has a CUDA context of its own, of half a gigabyte, and its own copy of the data
 Settings = dict[str, Any]  # of Flower's `--federation-config`
+LEAST: dict[str, float | None] = {  # what each of them has to be at least; None for one that is no number
+    "num-supernodes": 1, "client-resources-num-cpus": 1, "client-resources-num-gpus": 0, "init-args-num-cpus": 1,
+    "init-args-num-gpus": 0, "init-args-logging-level": None, "init-args-log-to-driver": None, "backend": None,
+    "verbose": None,
+}  # fmt: skip
 
 
-def plan(clients: int, gpus_per_client: float | None, overrides: Settings) -> Settings:
-    """Return Flower's settings for a simulation on this machine. Raises ValueError as `federation_config` does."""
-    return federation_config(clients, cores(), count_gpus(), gpus_per_client, overrides)
+def plan(clients: int, gpus_per_client: float | None = None, overrides: str = "") -> Settings:
+    """Return Flower's settings for a simulation on this machine.
+
+    `overrides` has the syntax of `flwr run --federation-config`. Raises ValueError for settings that Flower does not
+    have or take, and as `federation_config` does.
+    """
+    return federation_config(clients, cores(), count_gpus(), gpus_per_client, _read(overrides))
+
+
+def _read(text: str) -> Settings:
+    try:
+        settings = parse(text)
+    except ValueError:
+        raise ValueError(f'--federation-config {text!r} is not of the form key=value key="text"') from None
+    for key, value in settings.items():
+        if key not in LEAST:
+            raise ValueError(f"--federation-config has no setting {key!r}; its settings are: {', '.join(LEAST)}")
+        least, is_number = (
+            LEAST[key],
+            type(value) is int or (key == "client-resources-num-gpus" and type(value) is float),
+        )
+        if least is not None and not (is_number and value >= least):
+            raise ValueError(f"--federation-config {key}={value!r}: a number, {least:g} or more, is needed")
+    return settings
 
 
 def federation_config(
