@@ -35,13 +35,14 @@ def _read(text: str) -> Settings:
     for key, value in settings.items():
         if key not in LEAST:
             raise ValueError(f"--federation-config has no setting {key!r}; its settings are: {', '.join(LEAST)}")
-        least, is_number = (
-            LEAST[key],
-            type(value) is int or (key == "client-resources-num-gpus" and type(value) is float),
-        )
-        if least is not None and not (is_number and value >= least):
+        if (least := LEAST[key]) is not None and not (_is_number(key, value) and value >= least):
             raise ValueError(f"--federation-config {key}={value!r}: a number, {least:g} or more, is needed")
     return settings
+
+
+def _is_number(key: str, value: Any) -> bool:
+    """Tell whether a value is one that Flower takes: only GPUs can be given in parts."""
+    return type(value) is int or (key == "client-resources-num-gpus" and type(value) is float)
 
 
 def federation_config(
