@@ -60,7 +60,8 @@ def runs(module_terminals: Terminals, own_folder: Path) -> dict[str, SimpleNames
             address, out = f"127.0.0.1:{free_port()}", own_folder.parent / task
             command = ("--task", task, "--clients", str(len(clients)), "--address", address)
             server = module_terminals.open("server.py", *command, "--out", str(out), *options, **environment)
-            joined = [module_terminals.open("client.py", "--server", address, *own, **where) for where, own in clients]
+            client = ("client.py", "--server", address, "--threads", "1")  # whoever else runs: one more, another sum
+            joined = [module_terminals.open(*client, *own, **where) for where, own in clients]
             started[task] = out, server, joined
     return {task: outcome(*these) for task, these in started.items()}
 
