@@ -213,11 +213,8 @@ def test_flwr_run(terminals: Terminals, checkout: Path) -> None:
     elsewhere = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_TELEMETRY_ENABLED": "0"}
     results = terminals.folder / "home" / "runs" / "federated"
     put_in_its_usual_place(checkout / "DIR", terminals)
-    for command, rounds, batch_size, clients in (
-        ("flwr run . --stream", 3, 32, 2),
-        ('flwr run . --stream --run-config "num-server-rounds=5 batch-size=16"', 5, 16, 2),
-        ('flwr run . --stream --federation-config "num-supernodes=10 client-resources-num-cpus=1"', 3, 32, 10),
-    ):
+    larger = 'flwr run . --stream --run-config "num-server-rounds=5 batch-size=16" --federation-config "num-supernodes=10 client-resources-num-cpus=1"'  # noqa: E501
+    for command, rounds, batch_size, clients in (("flwr run . --stream", 3, 32, 2), (larger, 5, 16, 10)):
         export = "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"
         flwr = terminals.shell(f"{export} && {command}", checkout, **elsewhere)
         assert flwr.wait(400) == 0, flwr.text
