@@ -1,16 +1,13 @@
 """Flower mods of the ClientApp: what happens around each of its functions."""
 
-from collections.abc import Callable
-
 from flwr.app import Context, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
 
 from federation import bundle
 from federation.console import reason, say, tell
 
-Handler = Callable[[Message, Context], Message]
 
-
-def explain(message: Message, context: Context, call_next: Handler) -> Message:
+def explain(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Say in one line why a message could not be answered. A client that cannot even join ends."""
     kind = message.metadata.message_type
     try:
@@ -22,7 +19,7 @@ def explain(message: Message, context: Context, call_next: Handler) -> Message:
         raise
 
 
-def play_clients(message: Message, context: Context, call_next: Handler) -> Message:
+def play_clients(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Answer a bundle for each of its clients in turn: each gets its own message, and keeps a state of its own.
 
     A client that fails costs its own reply only. Messages that are no bundles pass unchanged.
@@ -35,7 +32,7 @@ def play_clients(message: Message, context: Context, call_next: Handler) -> Mess
     return Message(bundle.pack(replies), reply_to=message)
 
 
-def _reply(content: bundle.Content, message: Message, context: Context, call_next: Handler) -> bundle.Content:
+def _reply(content: bundle.Content, message: Message, context: Context, call_next: ClientAppCallable) -> bundle.Content:
     assert isinstance(content, RecordDict), "a question is no error"
     position = content.config_records["client"]["position"]
     prefix = f"{position!r}/"
