@@ -1,13 +1,16 @@
 """A Flower Grid whose nodes are clients, on top of the Grid of the nodes that play them.
 
 A strategy samples from it and sends through it as from any other Grid, and need not know that a node may play several
-clients. Their messages to and from one node travel as one bundle. It adds to each message what differs from client to
-client, and returns only replies that can be aggregated.
+clients. Their messages to and from one node travel in bundles, one after the other, so that a node never holds more
+models than BUNDLED allows. It adds to each message what differs from client to client, and returns only replies that
+can be aggregated.
 """
 
 import random
 import time
-from collections.abc import Iterable
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,17 +26,29 @@ from federation.roster import POLL, Client, Roster
 from federation.strategy import check_reply
 
 PRESENCE = 2.0  # seconds between two looks at who is still there
+BUNDLED = 32 * 2**20  # bytes of models in a bundle, unless a single one has more: each is in memory several times
 MOST_LISTED = 10  # clients with the same reason
 DOING = {MessageType.TRAIN: "training", MessageType.EVALUATE: "testing"}
 
 
 @dataclass
-class Sent:
-    """A message that is on its way to a node, and the clients' messages that it carries, by their ids."""
+class Batch:
+    """Clients' messages that travel to a node together, by their ids."""
 
     node: int
     questions: dict[str, Message]
     is_bundle: bool
+
+    def parts(self) -> "Iterator[Batch]":
+        """Split what trains so many models that they would not fit into one bundle."""
+        ids = [*self.questions]
+        first = self.questions[ids[0]]
+        trained = first.metadata.message_type == MessageType.TRAIN
+        model = sum(map(weights.size, first.content.array_records.values()))
+        step = max(1, BUNDLED // max(1, model)) if trained else len(ids)
+        for start in range(0, len(ids), step):
+            part = {identity: self.questions[identity] for identity in ids[start : start + step]}
+            yield Batch(self.node, part, self.is_bundle)
 
 
 @dataclass
@@ -63,7 +78,9 @@ class ClientGrid(Grid):
 
     def __init__(self, grid: Grid, roster: Roster) -> None:
         self.grid, self.roster, self.config = grid, roster, roster.config
-        self.sent: dict[str, Sent] = {}  # by the id of the node's message
+        self.queued: dict[int, deque[Batch]] = {}  # what each node gets once it has answered what it got before
+        self.sent: dict[str, Batch] = {}  # by the id of the node's message
+        self.lost: set[str] = set()  # the ids of clients' messages that found no node
         self.replies: dict[str, Message] = {}  # that nobody has pulled yet, by the ids of the clients' messages
         self.dropped = self.bytes_down = self.bytes_up = 0
 
@@ -90,31 +107,38 @@ class ClientGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send each client its message and return the ids, "" for a client that has left."""
-        batches: dict[tuple[int, str, str], dict[int, Message]] = {}  # what travels together, by place in `messages`
-        for place, message in enumerate(messages):
-            to = message.metadata
-            node = self.roster.clients[to.dst_node_id].node
-            batches.setdefault((node, to.message_type, to.group_id), {})[place] = message
-        ids: dict[int, str] = {}
-        wrapped = [self._wrap(key, [*batch.values()]) for key, batch in batches.items()]
-        sent = zip(self.grid.push_messages(wrapped), wrapped, batches.values(), strict=True)
-        for identity, message, batch in sent:
-            own = {place: f"{identity}/{place}" if identity else "" for place in batch}
-            ids |= own
-            if identity:
-                questions = {own[place]: question for place, question in batch.items()}
-                is_bundle = bundle.INDEX in message.content
-                self.sent[identity] = Sent(message.metadata.dst_node_id, questions, is_bundle)
-        return [ids[place] for place in range(len(ids))]
+        ids: list[str] = []
+        batches: dict[tuple[int, str, str], Batch] = {}
+        for message in messages:
+            ids.append(uuid.uuid4().hex)
+            to, client = message.metadata, self.roster.clients[message.metadata.dst_node_id]
+            key = client.node, to.message_type, to.group_id
+            batches.setdefault(key, Batch(client.node, {}, client.shares_node)).questions[ids[-1]] = message
+        for batch in batches.values():
+            self.queued.setdefault(batch.node, deque()).extend(batch.parts())
+        self._send_queued()
+        return ["" if identity in self.lost else identity for identity in ids]
 
-    def _wrap(self, key: tuple[int, str, str], questions: list[Message]) -> Message:
+    def _send_queued(self) -> None:
+        """Send each node that has nothing to answer its next batch."""
+        busy = {batch.node for batch in self.sent.values()}
+        batches = [queue.popleft() for node, queue in self.queued.items() if queue and node not in busy]
+        identities = self.grid.push_messages(map(self._wrap, batches)) if batches else []
+        for identity, batch in zip(identities, batches, strict=True):
+            if identity:
+                self.sent[identity] = batch
+            else:
+                self.lost |= batch.questions.keys()
+
+    def _wrap(self, batch: Batch) -> Message:
         """Return the message to a node that carries the questions to its clients."""
+        questions = [*batch.questions.values()]
         clients = [self.roster.clients[question.metadata.dst_node_id] for question in questions]
         contents = [self._address(*pair) for pair in zip(clients, questions, strict=True)]
         self.bytes_down += sum(weights.size(a) for content in contents for a in content.array_records.values())
-        content = bundle.pack(contents) if clients[0].shares_node else contents[0]
-        node, message_type, group_id = key
-        return Message(packing.pack(content), node, message_type, group_id=group_id)
+        content = bundle.pack(contents) if batch.is_bundle else contents[0]
+        to = questions[0].metadata
+        return Message(packing.pack(content), batch.node, to.message_type, group_id=to.group_id)
 
     def _address(self, client: Client, question: Message) -> RecordDict:
         """Return the content of a strategy's message, and what differs from client to client."""
@@ -140,10 +164,10 @@ class ClientGrid(Grid):
         return [*self._pull(list(message_ids)).values()]
 
     def _pull(self, ids: list[str]) -> dict[str, Message]:
-        wanted = {identity.rpartition("/")[0] for identity in ids} & self.sent.keys()
-        for reply in self.grid.pull_messages(list(wanted)) if wanted else ():
-            sent = self.sent.pop(reply.metadata.reply_to_message_id)
-            self.replies |= zip(sent.questions, _unwrap(reply, sent), strict=True)
+        for reply in self.grid.pull_messages([*self.sent]) if self.sent else ():
+            batch = self.sent.pop(reply.metadata.reply_to_message_id)
+            self.replies |= zip(batch.questions, _unwrap(reply, batch), strict=True)
+        self._send_queued()
         return {identity: self.replies.pop(identity) for identity in ids if identity in self.replies}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -190,14 +214,22 @@ class ClientGrid(Grid):
             exchange.good.append(reply)
 
     def _reject_absent(self, exchange: Exchange) -> None:
-        online = set(self.grid.get_node_ids())
-        for identity in [identity for identity, sent in self.sent.items() if sent.node not in online]:
-            for own in self.sent.pop(identity).questions.keys() & exchange.pending.keys():
-                exchange.reject(exchange.pending.pop(own), "it has left")
+        self._withdraw(set(self.grid.get_node_ids()))
+        for identity in self.lost & exchange.pending.keys():
+            exchange.reject(exchange.pending.pop(identity), "it has left")
+        self.lost.clear()
+
+    def _withdraw(self, online: set[int]) -> None:
+        """Give up all messages to nodes that are not online."""
+        gone = [identity for identity, batch in self.sent.items() if batch.node not in online]
+        batches = [self.sent.pop(identity) for identity in gone]
+        batches += [batch for node in self.queued.keys() - online for batch in self.queued.pop(node)]
+        self.lost.update(*(batch.questions for batch in batches))
 
     def _reject_late(self, exchange: Exchange, timeout: float) -> None:
-        for identity, question in exchange.pending.items():
-            self.sent.pop(identity.rpartition("/")[0], None)
+        self._withdraw(online=set())
+        self.lost.clear()
+        for question in exchange.pending.values():
             exchange.reject(question, f"no reply within {timeout:g} s")
         exchange.pending.clear()
 
@@ -237,19 +269,19 @@ class ClientGrid(Grid):
         raise RuntimeError(f"round {server_round}: too few good models, even after {self.config['retries']} retries")
 
 
-def _unwrap(reply: Message, sent: Sent) -> list[Message]:
+def _unwrap(reply: Message, batch: Batch) -> list[Message]:
     """Return the replies of a node's clients."""
     contents: list[bundle.Content]
     try:
         if reply.has_error():
             raise ValueError(reply.error.reason)
         content = packing.unpack(reply.content)
-        contents = bundle.unpack(content) if sent.is_bundle else [content]
-        if len(contents) != len(sent.questions):
-            raise ValueError(f"{len(contents)} replies to {len(sent.questions)} messages")
+        contents = bundle.unpack(content) if batch.is_bundle else [content]
+        if len(contents) != len(batch.questions):
+            raise ValueError(f"{len(contents)} replies to {len(batch.questions)} messages")
     except Exception as error:  # an untrusted reply must never stop the run
-        contents = [reason(error)] * len(sent.questions)
-    return [_reply(content, question) for content, question in zip(contents, sent.questions.values(), strict=True)]
+        contents = [reason(error)] * len(batch.questions)
+    return [_reply(content, question) for content, question in zip(contents, batch.questions.values(), strict=True)]
 
 
 def _reply(content: bundle.Content, question: Message) -> Message:

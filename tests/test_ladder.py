@@ -294,6 +294,13 @@ def test_how_many_nodes_play_the_clients_does_not_matter(ladder: Ladder, referen
     assert digest(run) == reference and [row["clients"] for row in run.rounds] == [3, 3]
 
 
+def test_how_many_models_a_bundle_holds_does_not_matter(
+    ladder: Ladder, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_grid, "BUNDLED", 1)
+    assert digest(ladder.federate(5, {7: {"partition-id": 0, "num-partitions": 1}}, **SOME)) == reference
+
+
 def test_another_seed_has_another_digest(ladder: Ladder, reference: str) -> None:
     run = ladder.federate(5, **SOME, seed=SEED + 1)
     assert digest(run) != reference and run.metrics["seed"] == SEED + 1

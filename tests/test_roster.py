@@ -664,6 +664,35 @@ def test_a_bundle_that_cannot_be_read_costs_its_node_only(
     assert "11 clients are left out: " in capsys.readouterr().out, "and not a line for each"
 
 
+def test_more_models_than_a_bundle_may_hold_go_one_bundle_after_the_other(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_grid, "BUNDLED", 2 * weights.size(MODEL))
+    many = FakeNode(1, "a/0", clients=5, answers_after=3)
+    ours, _ = federation(clock, many, count=5)
+    ours.roster.wait_for(5)
+    start, arrived = clock.now, []
+    clock.at(start + 2, lambda: arrived.append(len(many.of_type("train"))))
+    assert train(ours) == [0, 1, 2, 3, 4]
+    assert arrived == [1] and 9 <= clock.now - start < 10, "the next one leaves when the last one is answered"
+    assert [len(bundle.unpack(message.content)) for message in many.of_type("train")] == [2, 2, 1]
+    ours.send_and_receive(FedAvg(min_available_nodes=1).configure_evaluate(1, MODEL, ConfigRecord(), ours))
+    assert len(many.of_type("evaluate")) == 1, "replies without models are small"
+
+
+@pytest.mark.parametrize("limit", [{"round_timeout": 4}, {}], ids=["too late", "left"])
+def test_what_a_node_has_not_been_sent_yet_is_given_up_with_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, limit: dict[str, int]
+) -> None:
+    monkeypatch.setattr(client_grid, "BUNDLED", 1)
+    ours, grid = federation(clock, FakeNode(1, "a/0", clients=3, answers_after=3), count=3, **limit)
+    ours.roster.wait_for(3)
+    if not limit:
+        clock.at(clock.now + 4, lambda: grid.online.pop(1))
+    assert len(train(ours)) == 1 and ours.pop_counters()["dropped"] == 2
+    assert not ours.sent and not any(ours.queued.values())
+
+
 def test_a_node_that_leaves_takes_its_clients_with_it_and_they_get_their_partitions_back(clock: Clock) -> None:
     nodes = FakeNode(1, "a/0", clients=2), FakeNode(2, "b/0", clients=3, joins_after=1, answers_after=math.inf)
     ours, grid = federation(clock, *nodes, count=5)
