@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from federation.config import Config
-from federation.fingerprint import fingerprint
 from federation.folder import write_atomically
 from federation.partition import check_enough
 from federation.sources import sources
@@ -26,7 +25,6 @@ def prepare(config: Config) -> dict[str, Any]:
     root = find_data(task, config["data"])
     data = read_data(task, root)
     check_enough(min(len(labels) for _, labels in data), config["num-clients"])
-    fingerprint(data)
     trial = Trial(task, data, SAMPLES)
     if trial.defaults and not config["learning-rate"]:
         raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from federation import weights
 from federation.console import reason
+from federation.fingerprint import fingerprint
 from federation.task import build_net, seed_generators
 
 SAMPLES, BATCH, SEED = 96, 16, 7
@@ -109,7 +110,9 @@ def pick(split: Any, rows: NDArray[np.int64]) -> Any:
 
 def check_usable(trial: Trial) -> None:
     """Raise ValueError where one of the four functions does something that no federation can use."""
-    pick(trial.test_samples, some_rows(len(trial.test_samples[1]), BATCH))
+    for split in (trial.samples, trial.test_samples):
+        pick(split, some_rows(len(split[1]), BATCH))
+    fingerprint((trial.samples, trial.test_samples))
     trained, tested = trial.train(), trial.test()
     if not isinstance(trained.loss, SupportsFloat):
         raise ValueError(f"train() returns {type(trained.loss).__name__}, but it should train the net that it is "

@@ -39,7 +39,6 @@ def test(net, data):
 OWN = """
 from pathlib import Path
 
-import helper
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,6 +46,8 @@ from torch import nn
 
 class Net(nn.Module):
     def __init__(self):
+        import helper
+
         super().__init__()
         self.first = nn.Linear(8, helper.WIDTH)
         self.norm = nn.BatchNorm1d(helper.WIDTH)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +19,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 import cifar
 import client
 import server
-from federation import launch, network, weights
+from federation import launch, network, prepare, weights
 from federation.certificates import make_authority, make_client, make_server
 from federation.checkpoint import save_checkpoint
 from federation.config import Config, checked
 from federation.folder import own
 from federation.network import free_port
 from tests.conftest import ROOT, Terminals
+from tests.tasks import TINY
 
 Command = Callable[..., tuple[int, str]]
 CHECKPOINT = "checkpoint-1.npz"  # of a run that has been interrupted after its first round
@@ -47,9 +49,15 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def start(*line: str) -> None:
         assert line[0] == "flower-superlink", "it went on to start processes"
 
+    def popen(*line: str, **_: object) -> SimpleNamespace:
+        *_, config, report = line
+        monkeypatch.setattr("sys.argv", ["prepare", config, report])
+        prepare.main()
+        return SimpleNamespace(wait=lambda: 0)
+
     @contextmanager
     def session(*_: object, **__: object) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(home=tmp_path, start=start)
+        yield SimpleNamespace(home=tmp_path, start=start, popen=popen)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar, "HOME", tmp_path / "cache" / "cifar10")
@@ -121,8 +129,8 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--run-config", "resume=1"], ["resume=1", "bool"]),
         (["--resume"], ["nothing to resume", "runs/federated", "no checkpoint", "without --resume"]),
         (["--run-config", "resume=true out='elsewhere'"], ["nothing to resume in elsewhere"]),
-        (["--simulate", "0"], ["0", "out of range"]),
-        (["--simulate", "-2"], ["-2", "out of range"]),
+        (["--simulate", "0"], ["--simulate 0: 1 client or more"]),
+        (["--simulate", "-2"], ["--simulate -2: 1 client or more"]),
         (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
         (["--gpus-per-client", "0.5"], ["--gpus-per-client", "go with --simulate"]),
         (["--federation-config", "backend='ray'"], ["--federation-config", "go with --simulate"]),
@@ -295,7 +303,7 @@ def test_other_machines_may_connect_with_tls_or_after_a_warning(
     monkeypatch.setattr(
         launch,
         "host_run",
-        lambda address, config, simulated, tls, prepare: prepare() or hosted.append((address, tls)) or 0,
+        lambda address, config, simulated, tls: hosted.append((address, tls)) or 0,
     )
     said: list[str] = []
     monkeypatch.setattr(network, "print", lambda text, **_: said.append(text), raising=False)
@@ -328,9 +336,44 @@ def test_server_names_a_run_folder_that_is_there_and_cannot_be_written(command: 
     check(command("server.py", "--data", "embedded", "--out", "/proc"), 1, "server.py", "/proc", "--out")
 
 
-@pytest.mark.parametrize("task", ["no_such_task", "./cifar.py"])
-def test_server_names_a_task_that_is_not_there(command: Command, task: str) -> None:
-    check(command("server.py", "--task", task), 1, "server.py", task, "cannot be imported")
+@pytest.mark.parametrize(("task", "name"), [("no_such_task",) * 2, ("nested/none.py", "nested.none")])
+def test_server_names_a_task_that_is_not_there(command: Command, task: str, name: str) -> None:
+    check(command("server.py", "--task", task), 1, "server.py", name, "cannot be imported")
+
+
+def test_server_names_the_folder_of_a_task_that_is_elsewhere(command: Command) -> None:
+    check(command("server.py", "--task", "/home/flowers.py"), 2, "server.py", "/home/flowers.py", "its name, flowers")
+
+
+FRAME = """
+class Frame:  # picks by name, as that of pandas does
+    def __init__(self, rows): self.rows = rows
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, key):
+        if isinstance(key, slice): return self.rows[key]
+        raise KeyError(f"{len(key)} rows are no column")
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("return (x[:62], x[:62, :10]", "return (Frame(x[:62]), x[:62, :10]", "it returns Frame and Tensor"),
+        ("return loss.item()\n", "return net\n", "train() returns Linear"),
+        ("return F.cross_entropy(logits, data[1]).item(), ", "return ", "test() returns 0."),
+        ("lr=0.1", "lr", "train() has no default for lr: the run config needs a learning-rate"),
+        ("x[:62, :10].argmax(1))", "list(map(object, range(62))))", "object"),
+    ],
+    ids=["rows that cannot be picked", "a training without a loss", "a test without a loss", "no rate", "objects"],
+)
+def test_server_tries_a_task_before_it_opens(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"tried_{sha256(new.encode()).hexdigest()[:8]}"
+    assert TINY.count(old) == 1
+    (tmp_path / f"{name}.py").write_text(FRAME + TINY.replace(old, new), "utf-8")
+    check(command("server.py", "--task", f"{name}.py"), 1, "server.py", name, said)
 
 
 def test_server_names_what_a_task_lacks(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,9 +449,7 @@ def test_a_run_is_not_resumed_with_another_config(
 
 def test_a_run_is_resumed_with_its_own_config(command: Command, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hosted: list[Config] = []
-    monkeypatch.setattr(
-        launch, "host_run", lambda address, config, simulated, tls, prepare: prepare() or hosted.append(config) or 0
-    )
+    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
     assert command("server.py", "--resume", "--rounds", "5", "--address", f"127.0.0.1:{free_port()}")[0] == 0
     (config,) = hosted
     own = {"data": cifar.EMBEDDED, "out": str(begun), "learning-rate": 0.01, "seed": 7}
@@ -419,9 +460,7 @@ def test_a_run_that_has_moved_is_resumed_where_it_is(
     command: Command, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosted: list[Config] = []
-    monkeypatch.setattr(
-        launch, "host_run", lambda address, config, simulated, tls, prepare: prepare() or hosted.append(config) or 0
-    )
+    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
     monkeypatch.chdir(tmp_path / "elsewhere")

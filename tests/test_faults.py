@@ -97,7 +97,20 @@ def test_killed_client_is_left_out_and_gets_its_partition_back(terminals: Termin
     assert_all_gone(terminals)
 
 
+SITES = """
+def load_data(root=None):  # other data of the same size for each root
+    x = torch.randn(90, 256, generator=torch.Generator().manual_seed(int(root or 0)))
+    import tiny_helper
+    return (x[:62], x[:62, :10].argmax(1)), (x[62:], x[62:, :10].argmax(1))
+"""
+
+
 def test_clients_that_do_not_fit_are_turned_away(terminals: Terminals, tmp_path: Path) -> None:
+    other = terminals.folder / "another version"
+    other.mkdir()
+    for folder, helper in (terminals.folder, "WIDTH = 1"), (other, "WIDTH = 2"):
+        (folder / "tiny.py").write_text(TINY + SITES)
+        (folder / "tiny_helper.py").write_text(helper)
     old = tmp_path / "old" / "flwr-1.40.0.dist-info"
     old.mkdir(parents=True)
     (old / "METADATA").write_text("Metadata-Version: 2.1\nName: flwr\nVersion: 1.40.0\n")
@@ -110,23 +123,32 @@ def test_clients_that_do_not_fit_are_turned_away(terminals: Terminals, tmp_path:
         "runs Flower 1.40.0": terminals.open(*to, PYTHONPATH=str(old.parent)),
         "partition 1 is taken": terminals.open(*to, "--partition-id", "1", "--num-partitions", "2"),
         "counts 3 partitions": terminals.open(*to, "--partition-id", "2", "--num-partitions", "3"),
-        "no-such-folder does not exist": terminals.open(*to, "--data", "no-such-folder"),
+        "invalid literal for int() with base 10: 'no-such-folder'": terminals.open(*to, "--data", "no-such-folder"),
+        "its tiny_helper.py differs from the server's": terminals.open(*to, PWD=str(other)),
+        "it wants partition 0 of the server's data, but its data are not a copy": terminals.open(
+            *to, "--partition-id", "0", "--num-partitions", "2", "--data", "7"
+        ),
     }
     for reason, client in unfit.items():
         assert client.wait(120) == 1, client.text
         assert reason in client.text and "Traceback" not in client.text
         assert reason in server.text
-    last = terminals.open(*to)
+    last = terminals.open(*to, "--data", "7")
     assert server.wait() == 0 and fitting.wait(30) == 0 and last.wait(30) == 0
-    assert "client 0 joined" in server.text
+    own = "of its own: as many training samples as the server, but others; if it should hold a copy, copy"
+    assert own in server.text and own in last.text, "both sides are told"
+    assert "31 samples of 62, a copy of the server's data" in server.text
+    assert metrics_of(terminals.folder)["rounds"][1]["samples"] == [31, 62]
     assert_all_gone(terminals)
 
 
 def test_failing_task_fails_the_run_everywhere(terminals: Terminals) -> None:
     (terminals.folder / "faulty.py").write_text(
-        "from tiny import Net, load_data, test\n"
+        "from tiny import Net, load_data, test, train as train_tiny\n"
         "def train(net, data, *, epochs, lr=0, batch_size, seed):\n"
-        "    raise RuntimeError('the fault of this task')\n"
+        "    if len(data[1]) > 16:  # more than the server tries before it opens\n"
+        "        raise RuntimeError('the fault of this task')\n"
+        "    return train_tiny(net, data, epochs=epochs, batch_size=batch_size, seed=seed)\n"
     )
     address = f"127.0.0.1:{free_port()}"
     to = {"PYTHONPATH": str(terminals.folder)}
@@ -138,6 +160,15 @@ def test_failing_task_fails_the_run_everywhere(terminals: Terminals) -> None:
         assert "the fault of this task" in text and "Traceback" not in text
     assert "too few good models, even after 1 retries" in server.text
     assert metrics_of(terminals.folder)["status"] == "failed"
+    assert_all_gone(terminals)
+
+
+def test_other_data_in_each_process_of_a_simulation_are_an_error(terminals: Terminals) -> None:
+    (terminals.folder / "tiny.py").write_text(TINY.replace("manual_seed(0)", "manual_seed(__import__('os').getpid())"))
+    status, text = terminals.run("server.py", "--task", "tiny", "--simulate", "2", "--rounds", "1")
+    assert status == 1 and "Traceback" not in text
+    assert "the run failed: a client of the simulation has other data than the server: as many training sam" in text
+    assert "load_data() has to return the same in every process" in text
     assert_all_gone(terminals)
 
 
