@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from federation import certificates, hide_tensorflow, launch, network, weights
-from federation.config import checked
+from federation.config import validate
 from federation.console import say, tell
 from federation.fingerprint import difference
 from federation.mods import explain, play_clients
@@ -33,20 +33,20 @@ hide_tensorflow.from_workers()  # here, because Flower imports this file before 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the global model on this client's training samples."""
-    config, order, task = checked(context.run_config), instructions(message), open_task(context)
+    config, order, task = validate(context.run_config), instructions(message), open_task(context)
     started = time.perf_counter()
     x, y = own_samples("train", task, message, context)
-    epochs_before = (order["server-round"] - 1) * config["local-epochs"]
-    seed = client_seed(config["seed"], order["position"], epochs_before)
+    epochs_before = (order["server-round"] - 1) * config.local_epochs
+    seed = client_seed(config.seed, order["position"], epochs_before)
     net = build_net(task, seed)
     weights.to_net(message.content.array_records["arrays"], net)
     loss = task.train(
         net,
         (x, y),
-        epochs=config["local-epochs"],
-        batch_size=config["batch-size"],
+        epochs=config.local_epochs,
+        batch_size=config.batch_size,
         seed=seed,
-        **({"lr": config["learning-rate"]} if config["learning-rate"] else {}),
+        **({"lr": config.learning_rate} if config.learning_rate else {}),
     )
     seconds = time.perf_counter() - started
     say(f"round {order['server-round']}: trained on {len(y):,} samples, loss {loss:.4f}, {seconds:.1f} s")
@@ -60,7 +60,7 @@ def evaluate(message: Message, context: Context) -> Message:
     task = open_task(context)
     started = time.perf_counter()
     x, y = own_samples("test", task, message, context)
-    net = build_net(task, checked(context.run_config)["seed"])
+    net = build_net(task, validate(context.run_config).seed)
     weights.to_net(message.content.array_records["arrays"], net)
     loss, accuracy = task.test(net, (x, y))
     seconds = time.perf_counter() - started
@@ -109,7 +109,7 @@ def instructions(message: Message) -> dict[str, Any]:
 def open_task(context: Context) -> ModuleType:
     """Import the task, with this client's share of the cores."""
     launch.share_cores()
-    return load_task(checked(context.run_config)["task"])
+    return load_task(validate(context.run_config).task)
 
 
 def load_data(task: ModuleType, message: Message, context: Context) -> tuple[Any, str]:

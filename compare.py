@@ -23,13 +23,13 @@ import numpy as np
 
 from federation import comparison, launch, simulation
 from federation.comparison import Cell, Cells, Point
-from federation.config import Config, checked, parse
+from federation.config import RunConfig, Settings, parse, validate
 from federation.network import LaunchError
 from federation.partition import Rows, split
 from federation.task import build_net, client_seed, find_data, load_task, read_data
 
-FULL: Config = {"num-clients": 10, "num-server-rounds": 6, "out": "runs/compare"}
-QUICK: Config = {
+FULL: Settings = {"num-clients": 10, "num-server-rounds": 6, "out": "runs/compare"}
+QUICK: Settings = {
     "num-clients": 2,
     "num-server-rounds": 2,
     "out": "runs/compare-quick",
@@ -42,20 +42,18 @@ Training = Callable[["Lab", int, Cells], Cell]  # with a seed, and the cells of 
 class Lab:
     """A task with its data, and the ways to train it. All of them begin with the same net."""
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.task = config, load_task(config["task"])
-        self.train_data, self.test_data = read_data(self.task, config["data"])
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.task = config, load_task(config.task)
+        self.train_data, self.test_data = read_data(self.task, config.data)
         self.samples = len(self.train_data[1])
-        self.rounds, self.clients, self.local_epochs = (
-            config[key] for key in ("num-server-rounds", "num-clients", "local-epochs")
-        )
+        self.rounds, self.clients, self.local_epochs = config.num_server_rounds, config.num_clients, config.local_epochs
 
     def steps(self, samples: int) -> int:
         """Return how many steps an epoch over so many samples takes."""
-        return -(-samples // int(self.config["batch-size"]))
+        return -(-samples // int(self.config.batch_size))
 
     def parts(self, partitioner: str, seed: int) -> list[Rows]:
-        config = self.config | {"partitioner": partitioner, "seed": seed}
+        config = self.config.changed(partitioner=partitioner, seed=seed)
         return split(self.train_data[1], self.test_data[1], self.clients, config)["train"]
 
     def test(self, net: Any) -> float:
@@ -65,8 +63,8 @@ class Lab:
         """Train `net` on the samples in `rows`, or on all, with the settings that client.py would use."""
         x, y = self.train_data
         data = (x, y) if rows is None else (x[rows], y[rows])
-        rate = {"lr": self.config["learning-rate"]} if self.config["learning-rate"] else {}
-        self.task.train(net, data, epochs=epochs, batch_size=self.config["batch-size"], seed=seed, **rate, **more)
+        rate = {"lr": self.config.learning_rate} if self.config.learning_rate else {}
+        self.task.train(net, data, epochs=epochs, batch_size=self.config.batch_size, seed=seed, **rate, **more)
 
     def train_at_once(self, rows: Rows | None, epochs: int, seed: int) -> list[Point]:
         """Train as the plain script does; a task whose train has `after_epoch` yields a point per epoch, others one."""
@@ -96,11 +94,11 @@ class Lab:
 
     def federate(self, partitioner: str, seed: int, fraction: float = 1.0) -> list[Any]:
         """Run client.py and server.py on Flower's Simulation Engine and return the rounds of metrics.json."""
-        out = Path(self.config["out"]) / f"federated-{partitioner}-{fraction:g}-{seed}"
-        config = self.config | {
-            "partitioner": partitioner, "seed": seed, "out": launch.writable(str(out)), "resume": False,
-            "fraction-train": fraction, "fraction-evaluate": 0.0, "num-server-rounds": round(self.rounds / fraction),
-        }  # fmt: skip
+        out = Path(self.config.out) / f"federated-{partitioner}-{fraction:g}-{seed}"
+        config = self.config.changed(
+            partitioner=partitioner, seed=seed, out=launch.writable(str(out)), resume=False,
+            fraction_train=fraction, fraction_evaluate=0.0, num_server_rounds=round(self.rounds / fraction),
+        )  # fmt: skip
         with redirect_stdout(io.StringIO()):  # not its table; its progress bar goes to stderr
             if launch.host_run(("127.0.0.1", 0), config, simulation.plan(self.clients)):
                 raise LaunchError(f"a federated run failed; see {out / 'log.txt'}")
@@ -208,22 +206,23 @@ def command() -> int:
     if seeds < 1:
         parser.error(f"--seeds {seeds}: 1 or more is needed")
     try:
-        config = checked((QUICK if quick else FULL) | args | parse(run_config))
+        config = validate((QUICK if quick else FULL) | args | parse(run_config))
     except ValueError as error:
         parser.error(str(error))
-    config["partitioner"] = "dirichlet" if config["partitioner"] == "iid" else config["partitioner"]
-    config["data"] = find_data(load_task(config["task"]), config["data"])
-    config["out"] = launch.writable(config["out"])
-    chosen = dict(islice(trainings(config["partitioner"]).items(), 5 if quick else None))
-    run(config, chosen, range(config["seed"], config["seed"] + seeds))
+    config = config.changed(
+        partitioner="dirichlet" if config.partitioner == "iid" else config.partitioner,
+        data=find_data(load_task(config.task), config.data), out=launch.writable(config.out),
+    )  # fmt: skip
+    chosen = dict(islice(trainings(config.partitioner).items(), 5 if quick else None))
+    run(config, chosen, range(config.seed, config.seed + seeds))
     return 0
 
 
-def run(config: Config, chosen: dict[str, Training], seeds: range) -> None:
+def run(config: RunConfig, chosen: dict[str, Training], seeds: range) -> None:
     """Run every cell that is not yet in compare.json, save each as it is done, and show tables and picture."""
-    lab, path = Lab(config), Path(config["out"]) / "compare.json"
+    lab, path = Lab(config), Path(config.out) / "compare.json"
     cells = comparison.load(path, config)
-    for partitioner in ("iid", config["partitioner"]):
+    for partitioner in ("iid", config.partitioner):
         lab.parts(partitioner, seeds[0])  # what cannot be split should show before hours of training
     wanted = [(seed, name) for seed in seeds for name in chosen]
     for number, (seed, name) in enumerate(wanted, 1):
@@ -238,7 +237,7 @@ def run(config: Config, chosen: dict[str, Training], seeds: range) -> None:
     results = comparison.summary(of_seeds)
     comparison.save(path, config, cells, summary=results)
     print(comparison.tables(results))
-    title = f"{config['task']}: {lab.samples:,} samples, {lab.clients} clients; mean and deviation, n = {len(seeds)}"
+    title = f"{config.task}: {lab.samples:,} samples, {lab.clients} clients; mean and deviation, n = {len(seeds)}"
     comparison.draw(path.with_suffix(".png"), of_seeds, results, title, lab.samples)
     print(f"\nsaved compare.json and compare.png in {path.parent}")
 

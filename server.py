@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from federation import certificates, launch, network, simulation, weights
 from federation.checkpoint import resumed
 from federation.client_grid import ClientGrid
-from federation.config import checked, parse
+from federation.config import parse, validate
 from federation.console import explained_run, reason
 from federation.folder import run_folder
 from federation.report import Report
@@ -34,11 +34,11 @@ app = ServerApp()
 @explained_run
 def main(grid: Grid, context: Context) -> None:
     """Run the federation. Flower calls this when a run has started."""
-    config = checked(context.run_config)
-    task = load_task(config["task"])
-    root = find_data(task, config["data"])
+    config = validate(context.run_config)
+    task = load_task(config.task)
+    root = find_data(task, config.data)
     data = read_data(task, root)
-    net = build_net(task, config["seed"])
+    net = build_net(task, config.seed)
     roster = Roster(grid, config, root, data)
     report = Report(config, root, data)
     roster.restore(report.metrics)
@@ -54,9 +54,9 @@ def main(grid: Grid, context: Context) -> None:
     try:
         if report.next_round == 0:
             report.round(arrays, {}, **test(arrays))
-        roster.wait_for(config["num-clients"])
+        roster.wait_for(config.num_clients)
         report.partitions(roster.held_partitions(), data)
-        for server_round in range(report.next_round, config["num-server-rounds"] + 1):
+        for server_round in range(report.next_round, config.num_server_rounds + 1):
             arrays, results = play_round(server_round, arrays, strategy, clients)
             results |= test(arrays)
             clients.compare(results)
@@ -129,16 +129,16 @@ def command() -> int:
         overrides = {key: value for text in args.pop("run_config") for key, value in parse(text).items()}
         overrides |= {key: value for key, value in args.items() if value is not None}
         overrides |= {} if simulate is None else {"num-clients": simulate}
-        config = resumed(overrides) if overrides.get("resume") else checked(overrides)
-        nodes = simulation.plan(config["num-clients"], gpus_per_client, federation_config) if simulate else None
+        config = resumed(overrides) if overrides.get("resume") else validate(overrides)
+        nodes = simulation.plan(config.num_clients, gpus_per_client, federation_config) if simulate else None
     except ValueError as error:
         parser.error(str(error))
-    config["out"] = launch.writable(config["out"])
+    config = config.changed(out=launch.writable(config.out))
     if nodes:
-        print(simulation.describe(config["num-clients"], nodes), flush=True)
+        print(simulation.describe(config.num_clients, nodes), flush=True)
     else:
         network.check_free(address)
-    with run_folder(Path(config["out"])):
+    with run_folder(Path(config.out)):
         return launch.host_run(address, config, nodes, tls)
 
 

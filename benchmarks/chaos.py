@@ -31,7 +31,7 @@ import cifar
 import client
 import server
 from cifar import Data, Net, find_data, test, train
-from federation.config import Config
+from federation.config import Settings
 from federation.packing import unpack
 from tests.in_memory import InMemoryGrid, in_a_run
 
@@ -56,7 +56,7 @@ def load_data(root: str | None) -> tuple[Data, Data]:
 class Chaos(InMemoryGrid):
     """Nodes that are processes, some of which are killed or return what is no use."""
 
-    def __init__(self, config: Config, clients: int, faults: float) -> None:
+    def __init__(self, config: Settings, clients: int, faults: float) -> None:
         names = {node: {"name": f"host/{node}", "key": f"key {node}"} for node in range(1, clients + 1)}
         super().__init__(config, names)
         self.faults, self.dice = faults, random.Random(0)
@@ -151,7 +151,7 @@ FAULTY = {f.__name__: f for f in (killed, not_finite, misshapen, boastful)}
 
 def run(name: str, faults: float, args: argparse.Namespace) -> None:
     """Run one federation, and print what came of it."""
-    config: Config = {"task": "benchmarks.chaos", "data": find_data(args.data), "num-clients": args.clients}
+    config: Settings = {"task": "benchmarks.chaos", "data": find_data(args.data), "num-clients": args.clients}
     config |= {"num-server-rounds": args.rounds, "out": str(args.out / name), "learning-rate": 0.01}
     config |= {"min-clients": args.clients // 2, "retries": 5, "fraction-evaluate": 0.3}
     grid = Chaos(config, args.clients, faults)

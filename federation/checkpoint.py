@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord
 
-from federation.config import Config, checked
+from federation.config import RunConfig, Settings, validate
 from federation.console import reason
 from federation.folder import write_atomically
 from federation.weights import encoded
@@ -63,20 +63,20 @@ def _read(path: Path) -> tuple[dict[str, Any], Records]:
     return header["metrics"], records
 
 
-def resumed(overrides: Config) -> Config:
+def resumed(overrides: Settings) -> RunConfig:
     """Return the config of the run in the run folder; `overrides` need to repeat none of it, and may not change it.
 
     Raises ValueError where there is no such run, or for another value of a key that its rounds depended on.
     """
-    out = checked(overrides)["out"]
+    out = validate(overrides).out
     begun = load_checkpoint(Path(out).expanduser())[0]["config"]
-    config = checked(begun | overrides | {"out": out})
-    check_same(begun | {"data": config["data"]}, config, Path(out))  # paths are compared once they are absolute
+    config = validate(begun | overrides | {"out": out})
+    check_same(begun | {"data": config.data}, config, Path(out))  # paths are compared once they are absolute
     return config
 
 
-def check_same(begun: Config, config: Config, folder: Path) -> None:
+def check_same(begun: Settings, config: RunConfig, folder: Path) -> None:
     """Raise ValueError if a run that was begun with one config would be resumed with another."""
-    for key in config.keys() - FREE:
-        if begun.get(key) != config[key]:
-            raise ValueError(f"cannot resume {folder} with {key}={config[key]!r}: it was begun with {begun.get(key)!r}")
+    for key, value in config.values().items():
+        if key not in FREE and begun.get(key) != value:
+            raise ValueError(f"cannot resume {folder} with {key}={value!r}: it was begun with {begun.get(key)!r}")

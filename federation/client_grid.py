@@ -178,7 +178,7 @@ class ClientGrid(Grid):
 
         Waits for `timeout` seconds at most (default: `round-timeout`), and not for clients that have left.
         """
-        exchange = self._exchange(list(messages), self.config["round-timeout"] if timeout is None else timeout)
+        exchange = self._exchange(list(messages), self.config.round_timeout if timeout is None else timeout)
         return sorted(exchange.good, key=lambda reply: reply.metadata.src_node_id)
 
     def _exchange(self, messages: list[Message], timeout: float) -> Exchange:
@@ -268,21 +268,21 @@ class ClientGrid(Grid):
 
         Raises RuntimeError after `retries`.
         """
-        for attempt in range(self.config["retries"] + 1):
-            self.roster.wait_for(self.config["min-clients"])
-            seed_sampling(self.config["seed"], server_round, attempt)
+        for attempt in range(self.config.retries + 1):
+            self.roster.wait_for(self.config.min_clients)
+            seed_sampling(self.config.seed, server_round, attempt)
             questions = list(strategy.configure_train(server_round, arrays, ConfigRecord(), self))
             replies = self.send_and_receive(questions)
-            needed = min(len(questions), self.config["min-clients"])
+            needed = min(len(questions), self.config.min_clients)
             if len(replies) >= needed:
                 return replies
             say(f"round {server_round}: {len(replies)} of {len(questions)} models are good, {needed} needed")
-        raise RuntimeError(f"round {server_round}: too few good models, even after {self.config['retries']} retries")
+        raise RuntimeError(f"round {server_round}: too few good models, even after {self.config.retries} retries")
 
     def evaluate(self, strategy: Strategy, server_round: int, arrays: ArrayRecord) -> list[Message]:
         """Return the replies of the clients that `strategy` asks to evaluate. Raises RuntimeError if all fail."""
         questions = list(strategy.configure_evaluate(server_round, arrays, ConfigRecord(), self))
-        exchange = self._exchange(questions, self.config["round-timeout"])
+        exchange = self._exchange(questions, self.config.round_timeout)
         if not exchange.good and exchange.failed:
             raise RuntimeError(f"round {server_round}: no client could evaluate the model: {exchange.failed}")
         self.evaluated = sorted(exchange.good, key=lambda reply: reply.metadata.src_node_id)

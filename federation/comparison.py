@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from federation.checkpoint import FREE
-from federation.config import Config
+from federation.config import RunConfig
 from federation.folder import write_atomically
 
 SPENT = 0.7, 1.02  # how much of a budget counts as all of it: epochs and rounds are not divisible
@@ -46,7 +46,7 @@ STAIRS = {  # from a centralized to a federated training, one change at a time, 
 # ------------------------------------------------------------------------------------------------------ the file
 
 
-def load(path: Path, config: Config) -> dict[str, Cells]:
+def load(path: Path, config: RunConfig) -> dict[str, Cells]:
     """Return the cells that are done, by seed. Raises ValueError if they belong to other settings."""
     if not path.exists():
         return {}
@@ -57,16 +57,14 @@ def load(path: Path, config: Config) -> dict[str, Cells]:
             cell["points"] = [Point(*point) for point in cell["points"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, or choose another --out") from None
-    for key in config.keys() - (FREE - {"num-server-rounds"}) - {"seed"}:
-        if begun.get(key) != config[key]:
-            raise ValueError(
-                f"{path} compares with {key}={begun.get(key)!r}, not {config[key]!r}; choose another --out"
-            )
+    for key, value in config.values().items():
+        if key not in FREE - {"num-server-rounds"} | {"seed"} and begun.get(key) != value:
+            raise ValueError(f"{path} compares with {key}={begun.get(key)!r}, not {value!r}; choose another --out")
     return dict(cells)
 
 
-def save(path: Path, config: Config, cells: dict[str, Cells], **more: Any) -> None:
-    text = json.dumps({"config": config, "cells": cells, **more}, indent=1)
+def save(path: Path, config: RunConfig, cells: dict[str, Cells], **more: Any) -> None:
+    text = json.dumps({"config": config.values(), "cells": cells, **more}, indent=1)
     write_atomically(path, lambda unfinished: unfinished.write_text(text + "\n", "utf-8"))
 
 

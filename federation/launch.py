@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from federation import certificates, hide_tensorflow
 from federation.admission import Register
-from federation.config import Config
+from federation.config import RunConfig, Settings
 from federation.console import FOLDER
 from federation.network import Address, LaunchError, free_port, is_up, shown
 from federation.session import ROOT, Session, relay, session
@@ -52,8 +52,8 @@ def run_command(command: Callable[[], int]) -> None:
 
 def host_run(
     address: Address,
-    run_config: Config,
-    federation_config: Config | None = None,
+    run_config: RunConfig,
+    federation_config: Settings | None = None,
     tls: Path | None = None,
 ) -> int:
     """Run the app in this folder on a SuperLink of its own and return the exit status: 0, or 1 if it failed.
@@ -64,7 +64,7 @@ def host_run(
     """
     inside = "127.0.0.1", free_port()
     environment = hide_tensorflow.environment() if federation_config else {}
-    with session(Path(str(run_config["out"])) / "log.txt", environment) as ours:
+    with session(Path(str(run_config.out)) / "log.txt", environment) as ours:
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         superlink, ca = start_superlink(ours, inside, federation_config is not None, register is not None)
         found = prepare(ours, run_config)
@@ -73,7 +73,7 @@ def host_run(
             register.update()
             register.show()
             Thread(target=register.watch, daemon=True).start()
-        run = submit(ours, run_config | {"data": found["data"]}, federation_config, found["files"])
+        run = submit(ours, run_config.changed(data=found["data"]), federation_config, found["files"])
         if not federation_config:
             start_gate(ours, address, inside, ca, tls)
         status = relay(run, ours.log)
@@ -82,14 +82,14 @@ def host_run(
         return status
 
 
-def prepare(ours: Session, run_config: Config) -> dict[str, Any]:
+def prepare(ours: Session, run_config: RunConfig) -> dict[str, Any]:
     """Try the task; return where its `data` are, and its `files` by name. Raises ValueError where it cannot be used."""
     report = ours.home / "task.json"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from federation.prepare import main; main()"
-    command = [sys.executable, "-P", "-c", code, json.dumps(run_config), str(report)]
+    command = [sys.executable, "-P", "-c", code, json.dumps(run_config.values()), str(report)]
     status = ours.popen(*command, stdout=None, stderr=None).wait()
     if not report.exists():
-        raise LaunchError(f"trying {run_config['task']} on a few samples ended its process with status {status}")
+        raise LaunchError(f"trying {run_config.task} on a few samples ended its process with status {status}")
     found: dict[str, Any] = json.loads(report.read_text("utf-8"))
     if "error" in found:
         raise ValueError(found["error"])
@@ -147,11 +147,11 @@ def reachable(address: Address) -> Address:
 
 
 def submit(
-    ours: Session, run_config: Config, federation_config: Config | None, files: Mapping[str, str]
+    ours: Session, run_config: RunConfig, federation_config: Settings | None, files: Mapping[str, str]
 ) -> "subprocess.Popen[str]":
     """Start the run and return a process that lasts as long as it does, and prints what its ServerApp prints."""
     overrides = ours.home / "run-config.toml"
-    overrides.write_text(assignments(run_config, "\n"), "utf-8")
+    overrides.write_text(assignments(run_config.values(), "\n"), "utf-8")
     app = bundle(ours.home / "app", files)
     command = ["flwr", "run", str(app), "ours", "--stream", "--run-config", str(overrides)]
     if federation_config:
@@ -159,7 +159,7 @@ def submit(
     return ours.start(*command)
 
 
-def assignments(config: Config, separator: str) -> str:
+def assignments(config: Settings, separator: str) -> str:
     return separator.join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in config.items())
 
 
@@ -189,7 +189,7 @@ def writable(folder: str) -> str:
 # ----------------------------------------------------------------------------------------------------- the client
 
 
-def join_run(server: Address, wait: float, node_config: Config, threads: int | None, tls: Path | None = None) -> int:
+def join_run(server: Address, wait: float, node_config: Settings, threads: int | None, tls: Path | None = None) -> int:
     """Run a SuperNode until its run has ended and return the exit status.
 
     Waits up to `wait` seconds for the server, at the start and whenever it goes away. Raises LaunchError after that,
@@ -217,13 +217,13 @@ def join_run(server: Address, wait: float, node_config: Config, threads: int | N
                 refusals += 1
 
 
-def identity(name: str, tls: Path | None) -> Config:
+def identity(name: str, tls: Path | None) -> Settings:
     """Return a client's name, and what tells it from all others: its key, or else its place and its machine."""
     key = certificates.client_key(tls)
     return {"name": name, "key": certificates.fingerprint(key) if key else f"{name} {uuid.getnode():x}"}
 
 
-def start_supernode(ours: Session, server: Address, node_config: Config, tls: Path | None) -> "subprocess.Popen[str]":
+def start_supernode(ours: Session, server: Address, node_config: Settings, tls: Path | None) -> "subprocess.Popen[str]":
     ours.log.seek(0)
     ours.log.truncate()
     settings = " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in node_config.items())

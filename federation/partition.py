@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from federation.config import Config
+from federation.config import RunConfig
 
 Rows = NDArray[np.int32]  # row numbers in ascending order
 REMEDIES = {
@@ -17,13 +17,13 @@ REMEDIES = {
 }
 
 
-def split(train_labels: Any, test_labels: Any, partitions: int, config: Config) -> dict[str, list[Rows]]:
+def split(train_labels: Any, test_labels: Any, partitions: int, config: RunConfig) -> dict[str, list[Rows]]:
     """Return the rows of each partition in the training set ("train") and in the test set ("test").
 
     Every row is in one partition exactly, no partition is empty, and the test set is dealt out as the training set
     is: by the same proportions of each class. Raises ValueError where that cannot be.
     """
-    name, seed = config["partitioner"], config["seed"]
+    name, seed = config.partitioner, config.seed
     for labels in (train_labels, test_labels):
         check_enough(len(labels), partitions)
     if name == "iid":
@@ -64,11 +64,11 @@ def _classes(labels: Any, partitioner: str) -> NDArray[Any]:
     return classes.ravel().astype(np.int64)  # Flower takes neither big-endian numbers nor uint64 beyond int64
 
 
-def _from_flower_datasets(classes: NDArray[Any], partitions: int, config: Config) -> list[Rows]:
+def _from_flower_datasets(classes: NDArray[Any], partitions: int, config: RunConfig) -> list[Rows]:
     """Return the rows of each partition, none where there is no such partition."""
     from datasets import Dataset  # these take four seconds to import, which only those who use them should pay
 
-    order = np.random.default_rng(config["seed"]).permutation(len(classes)).astype(np.int32)  # or they go by the row
+    order = np.random.default_rng(config.seed).permutation(len(classes)).astype(np.int32)  # or they go by the row
     partitioner = _partitioner(partitions, classes, config)
     partitioner.dataset = Dataset.from_dict({"label": classes[order], "row": order})
     try:
@@ -78,7 +78,7 @@ def _from_flower_datasets(classes: NDArray[Any], partitions: int, config: Config
         return [np.empty(0, np.int32)]
 
 
-def _partitioner(partitions: int, classes: NDArray[Any], config: Config) -> Any:
+def _partitioner(partitions: int, classes: NDArray[Any], config: RunConfig) -> Any:
     """Return Flower's partitioner of the name and the settings in `config`.
 
     "dirichlet": Hsu et al. 2019, balanced as by Li et al. 2022 (NIID-Bench, section IV); "pathological": the same,
@@ -86,16 +86,16 @@ def _partitioner(partitions: int, classes: NDArray[Any], config: Config) -> Any:
     """
     from flwr_datasets import partitioner as flower
 
-    name, seed = config["partitioner"], config["seed"]
+    name, seed = config.partitioner, config.seed
     if name == "dirichlet":
         return flower.DirichletPartitioner(
-            partitions, "label", config["alpha"], config["min-partition-size"], self_balancing=True, seed=seed
+            partitions, "label", config.alpha, config.min_partition_size, self_balancing=True, seed=seed
         )
     if name == "pathological":
         first = "first-deterministic" if partitions >= len(np.unique(classes)) else "deterministic"
-        return flower.PathologicalPartitioner(partitions, "label", config["labels-per-client"], first, seed=seed)
+        return flower.PathologicalPartitioner(partitions, "label", config.labels_per_client, first, seed=seed)
     if name == "shards":
-        size = _shard_size(len(classes), partitions * config["shards-per-client"])
+        size = _shard_size(len(classes), partitions * config.shards_per_client)
         return flower.ShardPartitioner(partitions, "label", shard_size=size, keep_incomplete_shard=True, seed=seed)
     return flower.LinearPartitioner(partitions)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from federation.config import Config
+from federation.config import RunConfig, validate
 from federation.folder import write_atomically
 from federation.partition import check_enough
 from federation.sources import sources
@@ -18,15 +18,15 @@ from federation.trial import Trial, check_usable
 SAMPLES = 16
 
 
-def prepare(config: Config) -> dict[str, Any]:
+def prepare(config: RunConfig) -> dict[str, Any]:
     """Return where the task's `data` are, and its `files` by name. Raises ValueError where it cannot be federated."""
     before = set(sys.modules)
-    task = load_task(config["task"])
-    root = find_data(task, config["data"])
+    task = load_task(config.task)
+    root = find_data(task, config.data)
     data = read_data(task, root)
-    check_enough(min(len(labels) for _, labels in data), config["num-clients"])
+    check_enough(min(len(labels) for _, labels in data), config.num_clients)
     trial = Trial(task, data, SAMPLES)
-    if trial.defaults and not config["learning-rate"]:
+    if trial.defaults and not config.learning_rate:
         raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")
     try:
         check_usable(trial)
@@ -40,7 +40,7 @@ def main() -> None:
     """Read a run config from the first argument; write what has been found, or an error, to the file in the second."""
     config, report = json.loads(sys.argv[1]), Path(sys.argv[2])
     try:
-        found = prepare(config)
+        found = prepare(validate(config))
     except (ValueError, OSError) as error:
         found = {"error": str(error)}
     write_atomically(report, lambda path: path.write_text(json.dumps(found), "utf-8"))

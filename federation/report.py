@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord
 
 from federation import weights
 from federation.checkpoint import Records, check_same, checkpoints, load_checkpoint, save_checkpoint
-from federation.config import Config
+from federation.config import RunConfig
 from federation.console import reason, say
 from federation.folder import own, write_atomically
 from federation.guard import MARK
@@ -40,8 +40,9 @@ KEYS = [key for key, _ in COLUMNS.values()] + ["samples", "client_seconds", "dro
 class Report:
     """The run folder. It is written anew, atomically, after every round, so that it can be watched, and resumed."""
 
-    def __init__(self, config: Config, root: str, data: Any) -> None:
-        self.folder = Path.home() / str(config["out"])
+    def __init__(self, config: RunConfig, root: str, data: Any) -> None:
+        self.config = config
+        self.folder = Path.home() / config.out
         self.started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = own(self.folder) if MARK not in os.environ else None  # else the launcher's
@@ -49,10 +50,10 @@ class Report:
         self.state: Records = {}  # and what the strategy carries along
         (x_train, _), (x_test, _) = data
         self.metrics: dict[str, Any] = {
-            "task": config["task"],
-            "dataset": {"name": root or str(config["task"]), "train": len(x_train), "test": len(x_test)},
-            "seed": config["seed"],
-            "config": config,
+            "task": config.task,
+            "dataset": {"name": root or config.task, "train": len(x_train), "test": len(x_test)},
+            "seed": config.seed,
+            "config": config.values(),
             "versions": {"python": sys.version.split()[0], "flwr": version("flwr")} | _frameworks(),
             "final_weights_sha256": None,
             "status": "running",
@@ -60,14 +61,14 @@ class Report:
             "clients": {},
             "rounds": [],
         }
-        if config["resume"]:
+        if config.resume:
             self._resume()
         self._write()
-        say(f"{config['task']} on {root or 'its own data'}: {len(x_train):,} training and {len(x_test):,} test samples")
+        say(f"{config.task} on {root or 'its own data'}: {len(x_train):,} training and {len(x_test):,} test samples")
 
     def _resume(self) -> None:
         saved, records = load_checkpoint(self.folder)
-        check_same(saved["config"], self.metrics["config"], self.folder)
+        check_same(saved["config"], self.config, self.folder)
         if saved["dataset"] != self.metrics["dataset"]:
             raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
         self.arrays, self.state = records.pop("arrays"), records

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from federation import partition
-from federation.config import Config
+from federation.config import RunConfig
 from federation.console import reason, say
 from federation.fingerprint import fingerprint
 from federation.sources import compared, digest
@@ -41,15 +41,15 @@ class Client:
 class Roster:
     """The clients of a run, by position, and the nodes that play them."""
 
-    def __init__(self, grid: Grid, config: Config, root: str, data: Any) -> None:
+    def __init__(self, grid: Grid, config: RunConfig, root: str, data: Any) -> None:
         self.grid, self.config = grid, config
         self.labels = data[0][1], data[1][1]
-        self.files = {name: digest(path) for name, path in compared(load_task(config["task"])).items()}
+        self.files = {name: digest(path) for name, path in compared(load_task(config.task)).items()}
         self.facts = ConfigRecord(  # what every message tells of the server
             {"data": root, "fingerprint": fingerprint(data), "files": list(self.files)}
         )
         self.waited = 0.0  # seconds, for clients to join
-        self.split(config["num-clients"])
+        self.split(config.num_clients)
         self.clients: dict[int, Client] = {}
         self.joining: dict[str, int] = {}  # message id: node
         self.join_deadline = 0.0
@@ -188,7 +188,7 @@ class Roster:
         of partitions i, i + n, i + 2n, and so on.
         """
         nodes, simulated = facts["num-partitions"], _is_simulated(facts)
-        partitions = max(nodes, self.config["num-clients"]) if simulated else nodes
+        partitions = max(nodes, self.config.num_clients) if simulated else nodes
         if not self.clients and partitions not in (0, self.partitions):
             self.split(partitions)
         if simulated and self.partitions > nodes:

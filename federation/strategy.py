@@ -7,7 +7,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 
-from federation.config import Config
+from federation.config import RunConfig
 from federation.console import reason
 from federation.weights import check_compatible, stored_dtype
 
@@ -19,20 +19,20 @@ STATE = ("m_t", "v_t")  # where Flower's strategies keep what they carry from ro
 GROWTH = 10  # by what a client's own data may have grown since it joined
 
 
-def make_strategy(config: Config, state: dict[str, ArrayRecord]) -> Strategy:
+def make_strategy(config: RunConfig, state: dict[str, ArrayRecord]) -> Strategy:
     """Return the strategy that `config` names, with the state that an earlier process has saved.
 
     "fedavg": McMahan et al. 2017, algorithm 1; "fedadam": Reddi et al. 2021, algorithm 2.
     """
     sampling: dict[str, Any] = {
-        "fraction_train": config["fraction-train"], "fraction_evaluate": config["fraction-evaluate"],
+        "fraction_train": config.fraction_train, "fraction_evaluate": config.fraction_evaluate,
         "min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
-    if config["strategy"] == "fedavg":
+    if config.strategy == "fedavg":
         return FedAvg(**sampling)
     strategy = FedAdam(
-        **sampling, eta=config["server-learning-rate"], beta_1=config["beta-1"], beta_2=config["beta-2"],
-        tau=config["tau"],
+        **sampling, eta=config.server_learning_rate, beta_1=config.beta_1, beta_2=config.beta_2,
+        tau=config.tau,
     )  # fmt: skip
     vars(strategy).update({name: {key: array.numpy() for key, array in state[name].items()} for name in state})
     return strategy

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 
 import client
 from federation import bundle
-from federation.config import Config
+from federation.config import Settings
 from federation.packing import unpack
 from federation.task import open_data
 
@@ -26,8 +26,8 @@ class InMemoryGrid(Grid):
 
     def __init__(
         self,
-        run_config: Config,
-        nodes: Mapping[int, Config],
+        run_config: Settings,
+        nodes: Mapping[int, Settings],
         deliver: Callable[[list[str]], list[str]] = list,
         tamper: Callable[[Message], object] = id,
     ) -> None:

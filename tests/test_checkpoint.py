@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
 from federation.checkpoint import FREE, check_same, checkpoints, load_checkpoint, save_checkpoint
-from federation.config import Config, checked, defaults
+from federation.config import RunConfig, defaults, validate
 from federation.report import Report
 from federation.weights import decoded, encoded, sha256
 
@@ -255,22 +255,28 @@ def another(value: Any) -> Any:
     return not value if isinstance(value, bool) else "other" if isinstance(value, str) else value + 1
 
 
+def changed(*keys: str) -> RunConfig:
+    """Return the defaults with other values for some keys."""
+    return validate({}).changed(**{key.replace("-", "_"): another(defaults()[key]) for key in keys})
+
+
 @pytest.mark.parametrize("key", sorted(defaults().keys() - FREE))
 def test_a_changed_key_is_named_with_both_values(key: str, tmp_path: Path) -> None:
     begun = defaults()
-    config = begun | {key: another(begun[key])}
-    said = f"cannot resume {tmp_path} with {key}={config[key]!r}: it was begun with {begun[key]!r}"
+    value = another(begun[key])
+    config = changed(key)
+    said = f"cannot resume {tmp_path} with {key}={value!r}: it was begun with {begun[key]!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         check_same(begun, config, tmp_path)
     del begun[key]  # of a version that had no such key
-    with pytest.raises(ValueError, match=re.escape(f"{key}={config[key]!r}: it was begun with None")):
+    with pytest.raises(ValueError, match=re.escape(f"{key}={value!r}: it was begun with None")):
         check_same(begun, config, tmp_path)
 
 
 def test_keys_that_no_past_round_depends_on_may_change(tmp_path: Path) -> None:
     assert {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries"} == FREE
     assert defaults().keys() >= FREE
-    check_same(defaults(), defaults() | {key: another(defaults()[key]) for key in FREE}, tmp_path)
+    check_same(defaults(), changed(*FREE), tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------- a run and its end
@@ -278,8 +284,8 @@ def test_keys_that_no_past_round_depends_on_may_change(tmp_path: Path) -> None:
 DATA = (np.zeros((6, 2)), np.arange(6)), (np.zeros((4, 2)), np.arange(4))
 
 
-def report(folder: Path, **changed: Any) -> Report:
-    config: Config = checked({"out": str(folder), **{key.replace("_", "-"): value for key, value in changed.items()}})
+def report(folder: Path, **values: Any) -> Report:
+    config = validate({"out": str(folder), **{key.replace("_", "-"): value for key, value in values.items()}})
     return Report(config, "here", DATA)
 
 
@@ -328,5 +334,5 @@ def test_a_report_refuses_another_config_or_other_data_and_keeps_what_is_there(t
         report(tmp_path, resume=True, seed=5)
     for name, data in (("there", DATA), ("here", (DATA[0], DATA[0]))):
         with pytest.raises(ValueError, match=f"cannot resume {tmp_path}: it was begun with other data, here"):
-            Report(checked({"out": str(tmp_path), "resume": True}), name, data)
+            Report(validate({"out": str(tmp_path), "resume": True}), name, data)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

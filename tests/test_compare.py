@@ -15,7 +15,7 @@ import compare
 from compare import Lab, trainings
 from federation import comparison, launch
 from federation.comparison import Cells, Point, summary, tables
-from federation.config import checked
+from federation.config import RunConfig, validate
 from tests.conftest import ROOT, Terminals
 
 QUICK_NAMES = list(trainings("dirichlet"))[:5]
@@ -106,19 +106,19 @@ def test_the_picture_is_drawn(tmp_path: Path, seeds: int) -> None:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    path, config = tmp_path / "compare.json", checked({})
+    path, config = tmp_path / "compare.json", validate({})
     assert comparison.load(path, config) == {}
     comparison.save(path, config, {"0": cells()}, summary=summary([cells()]))
     assert comparison.load(path, config) == {"0": cells()}
-    assert comparison.load(path, config | {"seed": 5, "out": "elsewhere"}) == {"0": cells()}
+    assert comparison.load(path, config.changed(seed=5, out="elsewhere")) == {"0": cells()}
 
 
 @pytest.mark.parametrize("key, value", [("learning-rate", 0.5), ("num-server-rounds", 7), ("alpha", 0.1)])
 def test_cells_of_other_settings_are_refused(tmp_path: Path, key: str, value: float) -> None:
     path = tmp_path / "compare.json"
-    comparison.save(path, checked({}), {"0": cells()})
+    comparison.save(path, validate({}), {"0": cells()})
     with pytest.raises(ValueError, match=f"compare.json compares with {key}=.*, not {value}; choose another --out"):
-        comparison.load(path, checked({key: value}))
+        comparison.load(path, validate({key: value}))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_damaged_results_are_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "compare.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"compare.json is damaged .* remove it, or choose another --out"):
-        comparison.load(path, checked({}))
+        comparison.load(path, validate({}))
 
 
 # ------------------------------------------------------------------------------------------------- the trainings
@@ -136,7 +136,7 @@ def test_damaged_results_are_named(tmp_path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def lab() -> Lab:
-    ours = Lab(checked({"data": "embedded", "num-clients": 3, "num-server-rounds": 2, "batch-size": 100}))
+    ours = Lab(validate({"data": "embedded", "num-clients": 3, "num-server-rounds": 2, "batch-size": 100}))
     ours.train_data = ours.train_data[0][:900], ours.train_data[1][:900]
     ours.test_data = ours.test_data[0][:100], ours.test_data[1][:100]
     ours.samples = 900
@@ -193,26 +193,26 @@ def test_clients_alone_train_on_their_own_and_are_tested_on_all(lab: Lab, traine
 def test_federated_runs_are_counted_by_what_clients_report(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fraction: float
 ) -> None:
-    played: list[dict[str, Any]] = []
+    played: list[tuple[RunConfig, int]] = []
 
-    def host_run(address: tuple[str, int], config: dict[str, Any], nodes: dict[str, Any]) -> int:
-        played.append(config | {"nodes": nodes["num-supernodes"]})
+    def host_run(address: tuple[str, int], config: RunConfig, nodes: dict[str, Any]) -> int:
+        played.append((config, nodes["num-supernodes"]))
         numbers = {"seconds": 2.0, "server_accuracy": 0.5, "bytes_down": 10, "bytes_up": 5}
-        rounds = [{"round": i, "samples": [250, 101], **numbers} for i in range(config["num-server-rounds"] + 1)]
-        (Path(config["out"]) / "metrics.json").write_text(json.dumps({"rounds": rounds}))
+        rounds = [{"round": i, "samples": [250, 101], **numbers} for i in range(config.num_server_rounds + 1)]
+        (Path(config.out) / "metrics.json").write_text(json.dumps({"rounds": rounds}))
         return 0
 
     monkeypatch.setattr(launch, "host_run", host_run)
-    monkeypatch.setitem(lab.config, "out", str(tmp_path))
+    monkeypatch.setattr(lab, "config", lab.config.changed(out=str(tmp_path)))
     cell = compare.federated("shards", fraction)(lab, 7, {})
     rounds = 2 if fraction == 1 else 4
     assert [(p.visits, p.steps, p.seconds) for p in cell["points"]] == [
         (351 * i, 3 * i, 2.0 * i) for i in range(1, rounds + 1)
     ]
     assert (cell["bytes_down"], cell["bytes_up"]) == (10 * rounds, 5 * rounds)
-    (config,) = played
-    assert config["partitioner"] == "shards" and config["fraction-train"] == fraction and config["seed"] == 7
-    assert config["num-clients"] == 3 and config["nodes"] == min(3, launch.cores())
+    ((config, nodes),) = played
+    assert (config.partitioner, config.fraction_train, config.seed) == ("shards", fraction, 7)
+    assert config.num_clients == 3 and nodes == min(3, launch.cores())
 
 
 # --------------------------------------------------------------------------------------------------- the command
@@ -223,7 +223,7 @@ def test_federated_runs_are_counted_by_what_clients_report(
     [
         (["--seeds", "0"], "--seeds 0: 1 or more is needed"),
         (["--rounds", "0"], "num-server-rounds=0 is out of range"),
-        (["--run-config", "alpha=-1"], "alpha=-1.0 is out of range"),
+        (["--run-config", "alpha=-1"], "alpha=-1 is out of range"),
         (["--run-config", "nonsense"], "is not of the form key=value"),
         (["--clients", "many"], "invalid int value: 'many'"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federation.config import CHOICES, LIMITS, checked, defaults, parse
+from federation.config import defaults, limits, parse, validate
 from tests.conftest import ROOT
 
 KEYS = st.from_regex(r"[a-z][a-z-]{0,15}", fullmatch=True)
@@ -93,33 +93,36 @@ def test_a_toml_file_that_is_missing_or_garbage(tmp_path: Path) -> None:
 def test_defaults_are_the_table_in_pyproject() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]["config"]
     assert defaults() == table
-    assert checked({}) == table
+    assert validate({}).values() == table
     assert table["task"] == "cifar" and table["num-server-rounds"] == 3 and table["num-clients"] == 2
 
 
-def test_defaults_are_not_shared() -> None:
-    checked({"seed": 5})["task"] = "changed"
-    assert defaults()["task"] == "cifar" and defaults()["seed"] == 0
+def test_settings_do_not_change() -> None:
+    config = validate({"seed": 5})
+    with pytest.raises(ValueError, match="frozen"):
+        config.task = "changed"
+    assert (config.changed(task="another").task, config.task, defaults()["seed"]) == ("another", "cifar", 0)
 
 
 def test_defaults_are_allowed_themselves() -> None:
-    assert checked(defaults()) == defaults()
+    assert validate(defaults()).values() == defaults()
 
 
-def test_every_numeric_key_has_limits() -> None:
-    assert set(LIMITS) == {key for key, value in defaults().items() if type(value) in (int, float)}
+NUMBERS = [key for key, value in defaults().items() if type(value) in (int, float)]
+CHOICES = {"strategy": ["fedavg", "fedadam"],
+           "partitioner": ["iid", "dirichlet", "pathological", "shards", "size-skewed"]}  # fmt: skip
 
 
-@pytest.mark.parametrize("key", LIMITS)
+@pytest.mark.parametrize("key", NUMBERS)
 def test_limits(key: str) -> None:
-    low, high = LIMITS[key]
+    low, high = limits(key)
     kind = type(defaults()[key])
     for value in (kind(low), kind(high)):
         enough = {"num-clients": value} if key == "min-clients" else {}
-        assert checked({key: value} | enough)[key] == value
+        assert validate({key: value} | enough).values()[key] == value
     for value in (kind(low) - 1, kind(high) + 1):
         with pytest.raises(ValueError, match=f"{key}=.* is out of range: .* is allowed") as error:
-            checked({key: value})
+            validate({key: value})
         assert repr(value) in str(error.value)
 
 
@@ -131,45 +134,43 @@ def test_limits(key: str) -> None:
     ],
 )  # fmt: skip
 def test_limits_of_the_partitioners(key: str, lowest: float, highest: float) -> None:
-    assert LIMITS[key] == (lowest, highest)
+    assert limits(key) == (lowest, highest)
     for value in (0 * lowest, -lowest, lowest - 1e-4 if key == "alpha" else 0):
         with pytest.raises(ValueError, match=f"{key}=.* is out of range: {lowest:g} to"):
-            checked({key: value})
+            validate({key: value})
 
 
 @pytest.mark.parametrize("key", ["learning-rate", "alpha", "fraction-train", "server-learning-rate", "beta-1", "tau"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_no_finite_number_is_out_of_range(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{key}=.* is out of range"):
-        checked({key: value})
+        validate({key: value})
 
 
 @pytest.mark.parametrize(("least", "clients"), [(3, 2), (2, 1), (100_000, 99_999)])
 def test_no_more_clients_can_be_needed_than_are_waited_for(least: int, clients: int) -> None:
-    assert checked({"min-clients": clients, "num-clients": clients})["min-clients"] == clients
+    assert validate({"min-clients": clients, "num-clients": clients}).min_clients == clients
     with pytest.raises(ValueError, match=f"^run config min-clients={least} is more than num-clients={clients}$"):
-        checked({"min-clients": least, "num-clients": clients})
+        validate({"min-clients": least, "num-clients": clients})
 
 
 def test_choices_are_allowed_and_the_default_is_one() -> None:
-    assert CHOICES["strategy"] == ("fedavg", "fedadam")
-    assert CHOICES["partitioner"] == ("iid", "dirichlet", "pathological", "shards", "size-skewed")
     for key, choices in CHOICES.items():
         assert defaults()[key] in choices
-        assert [checked({key: choice})[key] for choice in choices] == list(choices)
+        assert [validate({key: choice}).values()[key] for choice in choices] == choices
 
 
 @pytest.mark.parametrize("value", ["foo", "", "IID", "iid ", "dirichlet,shards"])
 def test_what_is_no_choice_is_refused_with_all_that_there_are(value: str) -> None:
     with pytest.raises(ValueError, match="none of") as error:
-        checked({"partitioner": value})
+        validate({"partitioner": value})
     allowed = "iid, dirichlet, pathological, shards, size-skewed"
     assert str(error.value) == f"run config partitioner={value!r} is none of: {allowed}"
 
 
 def test_an_unknown_key_is_named_with_the_keys_that_there_are() -> None:
     with pytest.raises(ValueError, match="no key 'rounds'") as error:
-        checked({"rounds": 5})
+        validate({"rounds": 5})
     assert "num-server-rounds" in str(error.value)
 
 
@@ -197,16 +198,16 @@ def test_an_unknown_key_is_named_with_the_keys_that_there_are() -> None:
 )
 def test_a_wrong_type_is_refused(key: str, value: Any, kind: str) -> None:
     with pytest.raises(ValueError, match=f"{key}=.* should be of type {kind}") as error:
-        checked({key: value})
+        validate({key: value})
     assert repr(value) in str(error.value)
 
 
 def test_a_switch_is_true_or_false() -> None:
     assert defaults()["resume"] is False
-    assert checked(parse("resume=true"))["resume"] is True and checked(parse("resume=false"))["resume"] is False
+    assert validate(parse("resume=true")).resume is True and validate(parse("resume=false")).resume is False
 
 
 @given(st.integers(0, 10**6))
 def test_an_int_will_do_for_a_float(value: int) -> None:
-    rate = checked({"learning-rate": value})["learning-rate"]
+    rate = validate({"learning-rate": value}).learning_rate
     assert type(rate) is float and rate == value

@@ -22,7 +22,7 @@ import server
 from federation import launch, network, prepare, weights
 from federation.certificates import make_authority, make_client, make_server
 from federation.checkpoint import save_checkpoint
-from federation.config import Config, checked
+from federation.config import RunConfig, validate
 from federation.folder import own
 from federation.network import free_port
 from tests.conftest import ROOT, Terminals
@@ -416,7 +416,7 @@ def test_a_port_that_is_taken_leaves_the_results_of_its_owner_alone(
 def begun(tmp_path: Path) -> Path:
     """Return the folder of a run that has been interrupted after its first round."""
     folder = tmp_path / "runs" / "federated"
-    config = checked({"data": cifar.EMBEDDED, "out": str(folder), "learning-rate": 0.01, "seed": 7})
+    config = validate({"data": cifar.EMBEDDED, "out": str(folder), "learning-rate": 0.01, "seed": 7}).values()
     dataset = {"name": cifar.EMBEDDED, "train": 10_000, "test": 2_000}
     metrics = {"config": config, "dataset": dataset, "rounds": [{"round": 0}, {"round": 1}]}
     folder.mkdir(parents=True)
@@ -448,24 +448,24 @@ def test_a_run_is_not_resumed_with_another_config(
 
 
 def test_a_run_is_resumed_with_its_own_config(command: Command, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hosted: list[Config] = []
+    hosted: list[RunConfig] = []
     monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
     assert command("server.py", "--resume", "--rounds", "5", "--address", f"127.0.0.1:{free_port()}")[0] == 0
     (config,) = hosted
     own = {"data": cifar.EMBEDDED, "out": str(begun), "learning-rate": 0.01, "seed": 7}
-    assert config == checked(own) | {"num-server-rounds": 5, "resume": True}
+    assert config == validate(own | {"num-server-rounds": 5, "resume": True})
 
 
 def test_a_run_that_has_moved_is_resumed_where_it_is(
     command: Command, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosted: list[Config] = []
+    hosted: list[RunConfig] = []
     monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert command("server.py", "--resume", "--simulate", "2")[0] == 0
-    assert hosted[0]["out"] == str(tmp_path / "elsewhere" / "runs" / "federated"), "and not at its old place"
+    assert hosted[0].out == str(tmp_path / "elsewhere" / "runs" / "federated"), "and not at its old place"
     assert not (tmp_path / "runs").exists()
 
 

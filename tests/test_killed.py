@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context, RecordDict
 
 import server
-from federation.config import Config
+from federation.config import Settings
 from federation.console import FOLDER
 from tests.conftest import Terminal, Terminals
 from tests.in_memory import InMemoryGrid
@@ -21,7 +21,7 @@ from tests.test_faults import assert_all_gone, metrics_of, named
 from tests.test_terminals import free_port
 
 pytestmark = pytest.mark.slow
-SETTINGS: Config = {"num-server-rounds": 3, "seed": 3, "partitioner": "size-skewed", "server-learning-rate": 0.01}
+SETTINGS: Settings = {"num-server-rounds": 3, "seed": 3, "partitioner": "size-skewed", "server-learning-rate": 0.01}
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def undisturbed(folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> str:
+def undisturbed(folder: Path, config: Settings, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the SHA-256 of the final weights of the same run in one process, in which nobody is killed."""
     monkeypatch.setitem(os.environ, FOLDER, str(folder))
     monkeypatch.syspath_prepend(str(folder))
@@ -42,7 +42,7 @@ def undisturbed(folder: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -
     return str(metrics_of(folder / "undisturbed")["final_weights_sha256"])
 
 
-def as_text(config: Config) -> str:
+def as_text(config: Settings) -> str:
     return " ".join(f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in config.items())
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 import server
 from federation import client_grid, partition, picture, weights
-from federation.config import Config, checked
+from federation.config import Settings, validate
 from federation.task import build_net, find_data, load_task
 from tests.in_memory import InMemoryGrid, another_process
 
@@ -83,14 +83,14 @@ class Ladder:
     def federate(
         self,
         clients: int,
-        nodes: Mapping[int, Config] | None = None,
+        nodes: Mapping[int, Settings] | None = None,
         given: Mapping[str, Any] | None = None,
         deliver: Callable[[list[str]], list[str]] = list,
         tamper: Callable[[Message], object] = id,
         **settings: Any,
     ) -> SimpleNamespace:
         """Run the server's main() with `clients` clients; `given` are defaults for train(), the rest run config."""
-        config: Config = {"num-server-rounds": 1, "batch-size": BATCH, "learning-rate": self.lr, "seed": SEED}
+        config: Settings = {"num-server-rounds": 1, "batch-size": BATCH, "learning-rate": self.lr, "seed": SEED}
         config |= {key.replace("_", "-"): value for key, value in settings.items()}
         config |= {"task": "ladder_task", "data": self.root, "num-clients": clients, "out": str(self.new_folder())}
         self.check_split(clients, config)
@@ -110,11 +110,11 @@ class Ladder:
         """Arguments that make SGD plain: a step is the learning rate times the gradient."""
         return {name: 0.0 for name in ("momentum", "weight_decay") if name in self.parameters}
 
-    def check_split(self, clients: int, config: Config) -> None:
+    def check_split(self, clients: int, config: Settings) -> None:
         """Skip where the script has too few samples, or no classes, for the partitions that a test asks for."""
         (_, train), (_, test) = self.data
         try:
-            partition.split(train, test, clients, checked(config))
+            partition.split(train, test, clients, validate(config))
         except ValueError as error:
             self.skip(str(error))
 

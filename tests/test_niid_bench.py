@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cifar
 from benchmarks import niid_bench
-from federation.config import CHOICES
+from federation.config import choices
 from federation.task import load_task
 
 
@@ -186,7 +186,7 @@ def test_it_is_a_task_with_the_network_and_the_data_of_cifar() -> None:
 def test_a_line_of_the_table_is_that_of_the_best_round(tmp_path: Path) -> None:
     args = argparse.Namespace(out=tmp_path, seed=3)
     out = niid_bench.folder("iid", args)
-    assert out == tmp_path / "iid-3" and set(niid_bench.PUBLISHED) <= set(CHOICES["partitioner"])
+    assert out == tmp_path / "iid-3" and set(niid_bench.PUBLISHED) <= set(choices("partitioner"))
     out.mkdir()
     accuracies = [0.1, 0.55556, 0.7, 0.7, 0.65]
     rounds = [{"round": number, "server_accuracy": accuracy} for number, accuracy in enumerate(accuracies)]

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from federation.config import CHOICES, Config, checked
+from federation.config import RunConfig, choices, validate
 from federation.partition import REMEDIES, Rows, iid, split
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -79,10 +79,10 @@ def test_classes_are_balanced_even_if_the_samples_are_sorted_by_class(partitions
 # ------------------------------------------------------------------------------------------- all five partitioners
 
 
-def config(partitioner: str, **changed: Any) -> Config:
+def config(partitioner: str, **changed: Any) -> RunConfig:
     """Return a run config; min_partition_size=1 stands for min-partition-size=1."""
     changes = {key.replace("_", "-"): value for key, value in changed.items()}
-    return checked({"partitioner": partitioner, "min-partition-size": 1} | changes)
+    return validate({"partitioner": partitioner, "min-partition-size": 1} | changes)
 
 
 def counts(parts: list[Rows], labels: Any) -> NDArray[np.int64]:
@@ -113,7 +113,7 @@ def labels(draw: st.DrawFn, most: int = 200) -> NDArray[Any]:
 
 CONFIGS = st.builds(
     config,
-    st.sampled_from(CHOICES["partitioner"]),
+    st.sampled_from(choices("partitioner")),
     seed=SEEDS,
     alpha=st.sampled_from([1e-3, 0.01, 0.1, 0.5, 10.0, 1e6]),
     min_partition_size=st.sampled_from([1, 10, 10**9]),
@@ -125,7 +125,7 @@ CONFIGS = st.builds(
 @given(labels(), labels(60), st.integers(1, 12), CONFIGS)
 @few(60)
 def test_whatever_is_asked_is_done_or_refused_in_a_line(
-    train: NDArray[Any], test: NDArray[Any], clients: int, config: Config
+    train: NDArray[Any], test: NDArray[Any], clients: int, config: RunConfig
 ) -> None:
     try:
         parts = split(train, test, clients, config)
@@ -134,7 +134,7 @@ def test_whatever_is_asked_is_done_or_refused_in_a_line(
         if min(len(train), len(test)) < clients:
             assert said.endswith(f"samples cannot be split among {clients} clients: each needs one at least")
         else:
-            name = config["partitioner"]
+            name = config.partitioner
             assert said.startswith(f"partitioner={name} cannot split {len(train)} samples among {clients} clients")
             assert said.endswith(REMEDIES[name]) and "\n" not in said
     else:
@@ -143,7 +143,7 @@ def test_whatever_is_asked_is_done_or_refused_in_a_line(
         check_whole(parts["test"], len(test), clients)
 
 
-@pytest.mark.parametrize("partitioner", CHOICES["partitioner"])
+@pytest.mark.parametrize("partitioner", choices("partitioner"))
 @given(st.integers(2, 6), SEEDS)
 @few(5)
 def test_every_partitioner_is_seeded(partitioner: str, clients: int, seed: int) -> None:
@@ -155,14 +155,14 @@ def test_every_partitioner_is_seeded(partitioner: str, clients: int, seed: int) 
     assert rows(seed) != rows(seed ^ 1)
 
 
-@pytest.mark.parametrize("partitioner", CHOICES["partitioner"])
+@pytest.mark.parametrize("partitioner", choices("partitioner"))
 def test_the_rows_do_not_go_by_the_order_of_the_samples(partitioner: str) -> None:
     """Each client should have rows of all of the data set, not a stretch of it: neighbours are often alike."""
     parts = split(LABELS, TEST_LABELS, 3, config(partitioner, labels_per_client=CLASSES, shards_per_client=10))
     assert all(part.min() < SAMPLES / 4 and part.max() > 3 * SAMPLES / 4 for part in parts["train"])
 
 
-@pytest.mark.parametrize("partitioner", CHOICES["partitioner"])
+@pytest.mark.parametrize("partitioner", choices("partitioner"))
 def test_a_lone_client_holds_everything(partitioner: str) -> None:
     parts = split(LABELS, TEST_LABELS, 1, config(partitioner, labels_per_client=CLASSES))
     assert parts["train"][0].tolist() == list(range(SAMPLES)) and parts["test"][0].tolist() == list(range(100))
@@ -195,7 +195,7 @@ def test_a_client_whose_share_of_the_test_set_is_less_than_a_sample_gets_one() -
 # ------------------------------------------------------------------------------------------------ what each promises
 
 
-def skew(labels: Any, clients: int, chosen: Config) -> float:
+def skew(labels: Any, clients: int, chosen: RunConfig) -> float:
     """Return the share of a client's most frequent class, averaged over the clients."""
     held = counts(split(labels, labels, clients, chosen)["train"], labels)
     return float((held.max(1) / held.sum(1)).mean())
@@ -306,7 +306,7 @@ def test_size_skewed_sizes_grow_evenly(samples: int, clients: int, seed: int) ->
 # ---------------------------------------------------------------------------------------------------- kinds of labels
 
 
-@pytest.mark.parametrize("partitioner", CHOICES["partitioner"])
+@pytest.mark.parametrize("partitioner", choices("partitioner"))
 @pytest.mark.parametrize(
     "kind",
     [
@@ -348,7 +348,7 @@ def test_labels_that_are_no_classes(labels: Any, said: str) -> None:
 # -------------------------------------------------------------------------------------------------- what cannot be
 
 
-@pytest.mark.parametrize("partitioner", CHOICES["partitioner"])
+@pytest.mark.parametrize("partitioner", choices("partitioner"))
 @pytest.mark.parametrize(
     ("train", "test", "clients"), [(300, 4, 5), (4, 300, 5), (300, 0, 1), (0, 300, 1), (0, 0, 2), (300, 300, 100_000)]
 )
@@ -372,13 +372,11 @@ def test_fewer_samples_than_clients_are_refused(partitioner: str, train: int, te
         (3, config("dirichlet", alpha=0.01, seed=20)),  # all whom it draws have their share already: Flower gets 0 / 0
         (25, config("size-skewed")),  # 325 parts
     ],
-    ids=lambda value: (
-        "-".join(str(value[key]) for key in ("partitioner", "alpha")) if isinstance(value, dict) else None
-    ),
+    ids=lambda value: f"{value.partitioner}-{value.alpha}" if isinstance(value, RunConfig) else None,
 )
-def test_what_cannot_be_is_refused_with_a_remedy(clients: int, chosen: Config) -> None:
+def test_what_cannot_be_is_refused_with_a_remedy(clients: int, chosen: RunConfig) -> None:
     with pytest.raises(ValueError, match=f"among {clients} clients so that each has some and none is left ov") as error:
         split(LABELS, LABELS, clients, chosen)
-    partitioner = chosen["partitioner"]
+    partitioner = chosen.partitioner
     assert str(error.value).startswith(f"partitioner={partitioner} cannot split 300 samples ")
     assert str(error.value).endswith(f"; {REMEDIES[partitioner]}") and "\n" not in str(error.value)

@@ -18,7 +18,7 @@ import cifar
 import client as client_app
 from federation import bundle, client_grid, packing, partition, roster, weights
 from federation.client_grid import ClientGrid, seed_sampling
-from federation.config import checked
+from federation.config import validate
 from federation.fingerprint import fingerprint
 from federation.roster import Roster
 from federation.sources import compared, digest
@@ -157,7 +157,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, in_a_run: None) -> Clock:
 def federation(clock: Clock, *clients: FakeClient, count: int = 2, **config: Any) -> tuple[ClientGrid, FakeGrid]:
     grid = FakeGrid(clock, clients)
     settings = {key.replace("_", "-"): value for key, value in config.items()}
-    return ClientGrid(grid, Roster(grid, checked({"num-clients": count} | settings), "/data", DATA)), grid
+    return ClientGrid(grid, Roster(grid, validate({"num-clients": count} | settings), "/data", DATA)), grid
 
 
 def places(ours: ClientGrid) -> dict[int, int]:
@@ -558,7 +558,7 @@ def test_a_mask_is_a_bit_per_sample_and_decodes_to_the_rows(clock: Clock, sample
     data = (np.zeros(samples), np.arange(samples)), (np.zeros(samples + 3), np.arange(samples + 3))
     grid = FakeGrid(clock, [])
     for partitions in {1, min(samples, 3), min(samples, 8)}:
-        ours = ClientGrid(grid, Roster(grid, checked({"num-clients": partitions}), "/data", data))
+        ours = ClientGrid(grid, Roster(grid, validate({"num-clients": partitions}), "/data", data))
         for split, size in (("train", samples), ("test", samples + 3)):
             for rows in ours.roster.parts[split]:
                 mask = ours._mask(split, rows)

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
 from federation.checkpoint import load_checkpoint, save_checkpoint
-from federation.config import checked
+from federation.config import validate
 from federation.strategy import check_reply, make_strategy, strategy_state
 from federation.weights import as_before, encoded, sha256
 
@@ -246,7 +246,7 @@ ADAM = {"strategy": "fedadam", "server-learning-rate": 0.05, "beta-1": 0.8, "bet
 
 
 def test_fedadam_is_flowers_formula() -> None:
-    strategy, model = make_strategy(checked(ADAM), {}), record(drawn(0)[0][0])
+    strategy, model = make_strategy(validate(ADAM), {}), record(drawn(0)[0][0])
     expected = {name: values.numpy().astype("f8") for name, values in model.items()}
     m, v = ({name: np.zeros_like(values) for name, values in expected.items()} for _ in range(2))
     for t in (1, 2, 3):
@@ -264,13 +264,14 @@ def test_fedadam_is_flowers_formula() -> None:
 
 
 def test_fedadam_goes_on_from_its_saved_state_to_the_bit(tmp_path: Path) -> None:
-    strategy, model = make_strategy(checked(ADAM), {}), record(drawn(0)[0][0])
+    strategy, model = make_strategy(validate(ADAM), {}), record(drawn(0)[0][0])
     for t in (1, 2):
         model = aggregate(strategy, t, model, drawn(t))
     save_checkpoint({"rounds": [0, 1, 2]}, {"arrays": model, **strategy_state(strategy)}, tmp_path)
     _, state = load_checkpoint(tmp_path)
     assert list(state) == ["arrays", "m_t", "v_t"] and sha256(state["arrays"]) == sha256(model)
-    restored, forgetful = make_strategy(checked(ADAM), dict(list(state.items())[1:])), make_strategy(checked(ADAM), {})
+    config = validate(ADAM)
+    restored, forgetful = make_strategy(config, dict(list(state.items())[1:])), make_strategy(config, {})
     on, again, anew = (aggregate(s, 3, model, drawn(3)) for s in (strategy, restored, forgetful))
     assert sha256(again) == sha256(on) != sha256(anew)
     for name, held in strategy_state(strategy).items():
@@ -278,8 +279,8 @@ def test_fedadam_goes_on_from_its_saved_state_to_the_bit(tmp_path: Path) -> None
 
 
 def test_fedavg_has_no_state_and_is_the_weighted_mean() -> None:
-    strategy, parts = make_strategy(checked({}), {}), drawn(1)
+    strategy, parts = make_strategy(validate({}), {}), drawn(1)
     model = aggregate(strategy, 1, record(drawn(0)[0][0]), parts)
     for name, values in model.items():
         np.testing.assert_allclose(values.numpy(), sum(w[name] * (n / 20) for w, n in parts), rtol=1e-5)
-    assert strategy_state(strategy) == {} == strategy_state(make_strategy(checked(ADAM), {}))
+    assert strategy_state(strategy) == {} == strategy_state(make_strategy(validate(ADAM), {}))
