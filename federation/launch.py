@@ -111,10 +111,10 @@ def start_gate(
     ours: Session, address: Address, superlink: Address, superlink_ca: Path | None, tls: Path | None
 ) -> None:
     """Open the server to clients: what they may ask of the SuperLink, and no more."""
-    command = [sys.executable, "-P", str(ROOT / "federation" / "gate.py"), address[0], str(address[1])]
+    command = [sys.executable, "-m", "federation.gate", address[0], str(address[1])]
     command += [f"http{'s' * bool(superlink_ca)}://{shown(superlink)}"]
     command += ["--superlink-ca", str(superlink_ca)] if superlink_ca else []
-    gate = ours.start(*command, *(["--tls", str(tls)] if tls else []))
+    gate = ours.start(*command, *(["--tls", str(tls)] if tls else []), cwd=ROOT)
     await_server(ours, gate, address, tls and tls / "ca.crt", "the gate")
 
 

@@ -49,10 +49,10 @@ class Session:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves nothing to a second client, or the server
         }  # fmt: skip
 
-    def start(self, *command: str) -> "subprocess.Popen[str]":
+    def start(self, *command: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
         """Start a command whose output goes to the log, but for the lines that are for people."""
         self.warm_up()
-        process = self.popen(*command)
+        process = self.popen(*command, cwd=cwd)
         self.processes.append(process)
         return process
 

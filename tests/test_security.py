@@ -183,7 +183,7 @@ def test_neither_noise_nor_a_client_that_is_killed_and_comes_back_disturbs_a_run
     back.wait_for("an earlier process of this client was killed", 60)
     noise = Noise(port)
     noise.check_nothing_grows(
-        named(terminals.processes(), "gate.py") + named(terminals.processes(), "flower-superlink")
+        named(terminals.processes(), "federation.gate") + named(terminals.processes(), "flower-superlink")
     )
     with noise.going_on():
         server.wait_for("waiting for 2 clients, 1 here", 200)
