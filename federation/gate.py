@@ -167,8 +167,10 @@ def _without(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 def served(app: ASGIApp, connections: Connections, host: str, port: int) -> uvicorn.Config:
     """Return how uvicorn is to serve a gate, which is open for `connections`."""
     return uvicorn.Config(
-        Limited(app, connections), host, port, http=connections.protocol(), ws="none", log_level="warning",
-        backlog=BACKLOG, timeout_graceful_shutdown=0,  # those who wait for a message are not waited for at the end
+        Limited(app, connections), host, port, http=connections.protocol(), ws="none", lifespan="off",
+        loop="asyncio",  # in uvloop, TLS after pause_reading never gets on
+        backlog=BACKLOG, log_level="warning",
+        timeout_graceful_shutdown=0,  # those who wait for a message are not waited for at the end
     )  # fmt: skip
 
 

@@ -94,9 +94,11 @@ def running(server: uvicorn.Server) -> Iterator[int]:
     thread = Thread(target=server.run)
     thread.start()
     eventually(lambda: server.started, 10)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = server.force_exit = True
-    thread.join()
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
