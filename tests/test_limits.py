@@ -1,11 +1,15 @@
 """The limits of the gate: strangers may be many and slow, and keep nobody out."""
 
+import asyncio
 import contextlib
 import http.client
+import random
+import resource
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
@@ -14,8 +18,14 @@ from federation import limits
 from federation.certificates import make_authority, make_server
 from federation.gate import certificate
 from federation.limits import Connections, most_connections
-from tests.conftest import eventually
+from tests.conftest import ROOT, Terminals, eventually
+from tests.test_faults import assert_all_gone, metrics_of
 from tests.test_gate import CALL, Upstream, ask, gate_before, serving
+from tests.test_killed import SETTINGS, as_text, one_thread, undisturbed
+from tests.test_security import client, keys
+from tests.test_terminals import free_port
+
+__all__ = ["keys", "one_thread"]
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n"
 HALF = f"POST {CALL} HTTP/1.1\r\nHost: here\r\nContent-Length: 8\r\n\r\nhalf".encode()
@@ -237,7 +247,6 @@ def test_a_handshake_is_not_waited_for_for_ever(
 def test_the_limit_of_descriptors_is_raised_as_far_as_the_system_lets(
     monkeypatch: pytest.MonkeyPatch, hard: int, most: int
 ) -> None:
-    resource = pytest.importorskip("resource")
     granted = [256]
 
     def set_limit(_: int, wanted: tuple[int, int]) -> None:
@@ -248,3 +257,94 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_the_system_lets(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (granted[0], hard))
     monkeypatch.setattr(resource, "setrlimit", set_limit)
     assert most_connections() == most
+
+
+# ---------------------------------------------------------------------------------------------------------- a whole run
+
+
+class Crowd:
+    """Strangers who hold on to connections, and come back a second after each is closed: idle, or ever so slow."""
+
+    def __init__(self, port: int, ca: Path, idle: int, slow: int) -> None:
+        self.port, self.context = port, ssl.create_default_context(cafile=ca)
+        self.kinds = [self.stay] * idle + [self.trickle] * slow
+        self.here = self.closed = 0
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """Be there for as long as a block lasts."""
+        loop = asyncio.new_event_loop()
+        crowd = loop.create_task(self.come())
+        thread = Thread(target=lambda: loop.run_until_complete(asyncio.wait([crowd])))
+        thread.start()
+        try:
+            yield
+        finally:
+            loop.call_soon_threadsafe(crowd.cancel)
+            thread.join()
+
+    async def come(self) -> None:
+        async with asyncio.TaskGroup() as all_of_them:
+            for number, kind in enumerate(self.kinds):
+                all_of_them.create_task(self.insist(kind, f"127.0.0.{1 + number % 2}"))
+                await asyncio.sleep(0.001)
+
+    async def insist(self, kind: Callable[[str], Awaitable[None]], source: str) -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                await kind(source)
+            self.closed += 1
+            await asyncio.sleep(1)  # the pace of those who come back: nothing to wait for
+
+    async def stay(self, source: str) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(source, 0))
+        await self.until_closed(reader, writer, b"", 3600)
+
+    async def trickle(self, source: str) -> None:
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", self.port, local_addr=(source, 0), ssl=self.context, server_hostname="localhost"
+        )
+        head = f"POST {CALL} HTTP/1.1\r\nHost: here\r\n"
+        writer.write((head if random.random() < 0.5 else f"{head}Content-Length: 1000\r\n\r\n").encode())
+        await self.until_closed(reader, writer, b"x", 2)
+
+    async def until_closed(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sent: bytes, pause: float
+    ) -> None:
+        self.here += 1
+        try:
+            end = asyncio.ensure_future(reader.read())
+            while not (await asyncio.wait([end], timeout=pause))[0]:
+                writer.write(sent)
+            await end
+        finally:
+            self.here -= 1
+            end.cancel()
+            writer.transport.abort()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "in_a_run")
+def test_a_crowd_of_strangers_changes_nothing_in_a_run(
+    terminals: Terminals, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it comes from the address of the clients, and there are fewer descriptors than strangers."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    limits_of_server = f"ulimit -Hn 2048 && exec python {ROOT / 'server.py'} --address 127.0.0.1:{(port := free_port())}"
+    options = f"--tls keys --task tiny --run-config '{as_text(SETTINGS).replace(chr(39), chr(34))}'"
+    server = terminals.shell(f"ulimit -Sn 1024 && {limits_of_server} {options}", terminals.folder)
+    server.wait_for("waiting for 2 clients", 120)
+    crowd = Crowd(port, keys / "ca.crt", idle=2000, slow=300)
+    with crowd.around():
+        eventually(lambda: "the server is under load" in server.text and crowd.closed > 1000, 60)
+        members = [client(terminals, port, keys / name) for name in ("berlin", "paris")]
+        assert server.wait(300) == 0, server.text
+        assert crowd.here > 1000
+    assert [member.wait(60) for member in members] == [0, 0], [member.text for member in members]
+    assert server.text.count("the server is under load") == 1
+    assert not any("lost the server" in member.text for member in members)
+    ended = metrics_of(terminals.folder)
+    assert [row["clients"] for row in ended["rounds"]] == [None, 2, 2, 2]
+    assert ended["final_weights_sha256"] == undisturbed(terminals.folder, SETTINGS, monkeypatch)
+    assert_all_gone(terminals)
