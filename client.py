@@ -20,9 +20,11 @@ from flwr.clientapp import ClientApp
 from federation import certificates, hide_tensorflow, launch, network, weights
 from federation.config import checked
 from federation.console import say, tell
+from federation.fingerprint import difference
 from federation.mods import explain, play_clients
 from federation.packing import packed_replies
-from federation.task import build_net, client_seed, load_task, open_data, source_digest
+from federation.sources import digests
+from federation.task import build_net, client_seed, load_task, open_data
 
 app = ClientApp(mods=[packed_replies, play_clients, explain])
 hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them
@@ -70,9 +72,11 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.query("join")
 def join(message: Message, context: Context) -> Message:
     """Tell the server who this is, which partition it wants (-1: any), and which data it has."""
-    node, task = context.node_config, open_task(context)
-    data, digest = load_data(task, message, context)
-    say(f"joining with {len(data[0][1]):,} training and {len(data[1][1]):,} test samples at hand")
+    node, task, server = context.node_config, open_task(context), instructions(message)
+    data, found = load_data(task, message, context)
+    own = "it was started with --own-data" if node.get("own-data") else difference(found, server["fingerprint"])
+    whose = f"of its own: {own}" if own else "at hand, a copy of the server's"
+    say(f"joining with {len(data[0][1]):,} training and {len(data[1][1]):,} test samples {whose}")
     facts = {
         "name": node.get("name", ""),
         "partition-id": node.get("partition-id", -1),
@@ -80,8 +84,8 @@ def join(message: Message, context: Context) -> Message:
         "key": node.get("key", ""),
         "clients": node.get("clients", 0),
         "flwr": version("flwr"),
-        "task": source_digest(task),
-        "data": digest,
+        "files": digests(server["files"]),
+        "own-data": own,
         "train-samples": len(data[0][1]),
         "test-samples": len(data[1][1]),
     }
@@ -109,18 +113,18 @@ def open_task(context: Context) -> ModuleType:
 
 
 def load_data(task: ModuleType, message: Message, context: Context) -> tuple[Any, str]:
-    """Return the whole data set, this client's own or else the one that the server names, and its digest."""
+    """Return the whole data set, this client's own or else the one that the server names, and its fingerprint."""
     return open_data(task, str(context.node_config.get("data") or instructions(message)["data"]))
 
 
 def own_samples(split: str, task: ModuleType, message: Message, context: Context) -> tuple[Any, Any]:
     """Return this client's samples of a split: those that the server names, or all of its own."""
-    data, digest = load_data(task, message, context)
+    data, found = load_data(task, message, context)
     x, y = data[0] if split == "train" else data[1]
     if "rows" not in message.content:
         return x, y
-    if digest != instructions(message)["digest"]:
-        raise ValueError("the data here are not the server's any more; start the client again")
+    if changed := difference(found, instructions(message)["fingerprint"]):
+        raise ValueError(f"the data here are not the server's any more: {changed}; start the client again")
     rows = np.flatnonzero(np.unpackbits(message.content.array_records["rows"]["mask"].numpy(), count=len(y)))
     return x[rows], y[rows]
 
@@ -134,6 +138,7 @@ def command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--server", default="127.0.0.1:8080", metavar="HOST:PORT", type=network.address)
     parser.add_argument("--data", metavar="DIR", help="this client's data (default: where the server has them)")
+    parser.add_argument("--own-data", action="store_true", help="train on all of it, even if it is the server's")
     parser.add_argument("--clients", type=int, default=1, metavar="N", help="play so many clients (default: 1)")
     parser.add_argument("--partition-id", type=int, metavar="I", help="take this partition (default: a free one)")
     parser.add_argument("--num-partitions", type=int, metavar="N", help="of so many")
@@ -143,6 +148,8 @@ def command() -> int:
     args = parser.parse_args()
     if (args.partition_id is None) != (args.num_partitions is None):
         parser.error("--partition-id and --num-partitions go together")
+    if args.own_data and (args.clients > 1 or args.partition_id is not None):
+        parser.error("--own-data goes with neither --clients nor --partition-id: the client trains on all of its data")
     if args.clients > 1 and args.partition_id is not None:
         parser.error("--clients and --partition-id exclude each other")
     for option in ("clients", "num_partitions", "threads"):
@@ -155,6 +162,7 @@ def command() -> int:
         parser.error(f"--wait {args.wait:g}: 0 or more is needed")
     wishes = {
         "clients": args.clients,
+        "own-data": args.own_data,
         "data": args.data,
         "partition-id": args.partition_id,
         "num-partitions": args.num_partitions,

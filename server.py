@@ -12,17 +12,16 @@ import argparse
 from pathlib import Path
 from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from federation import certificates, launch, network, simulation, weights
 from federation.checkpoint import resumed
 from federation.client_grid import ClientGrid
-from federation.config import Config, checked, parse
+from federation.config import checked, parse
 from federation.console import explained_run, reason
 from federation.folder import run_folder
-from federation.partition import check_enough
 from federation.report import Report
 from federation.roster import Roster
 from federation.strategy import check_finite, make_strategy, strategy_state
@@ -50,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     def test(arrays: ArrayRecord) -> dict[str, float]:
         weights.to_net(arrays, net)
         loss, accuracy = task.test(net, data[1])
-        return {"server_loss": loss, "server_accuracy": accuracy}
+        return {"server_loss": float(loss), "server_accuracy": float(accuracy)}
 
     try:
         if report.next_round == 0:
@@ -59,7 +58,9 @@ def main(grid: Grid, context: Context) -> None:
         report.partitions(roster.held_partitions(), data)
         for server_round in range(report.next_round, config["num-server-rounds"] + 1):
             arrays, results = play_round(server_round, arrays, strategy, clients)
-            report.round(arrays, strategy_state(strategy), **results, **test(arrays))
+            results |= test(arrays)
+            clients.compare(results)
+            report.round(arrays, strategy_state(strategy), **results)
         report.finish(net)
     except Exception as error:
         report.fail()
@@ -77,7 +78,7 @@ def play_round(
     assert mean is not None and training is not None
     new_arrays = weights.as_before(arrays, mean)
     check_finite(new_arrays)
-    answers = clients.send_and_receive(strategy.configure_evaluate(server_round, new_arrays, ConfigRecord(), clients))
+    answers = clients.evaluate(strategy, server_round, new_arrays)
     testing = strategy.aggregate_evaluate(server_round, answers) or MetricRecord()
     return new_arrays, {
         "train_loss": training["train-loss"],
@@ -116,6 +117,8 @@ def command() -> int:
     args = vars(parser.parse_args())
     simulate, address, tls, insecure = (args.pop(name) for name in ("simulate", "address", "tls", "insecure"))
     gpus_per_client, federation_config = args.pop("gpus_per_client"), args.pop("federation_config")
+    if simulate is not None and simulate < 1:
+        parser.error(f"--simulate {simulate}: 1 client or more is needed")
     if simulate is not None and (address or tls or args["num-clients"] is not None):
         parser.error("--simulate N plays all clients here: it goes with none of --clients, --address and --tls")
     if simulate is None and (gpus_per_client is not None or federation_config):
@@ -136,15 +139,7 @@ def command() -> int:
     else:
         network.check_free(address)
     with run_folder(Path(config["out"])):
-        return launch.host_run(address, config, nodes, tls, prepare=lambda: check_task(config))
-
-
-def check_task(config: Config) -> None:
-    """Load the task and its data, and say where these are: before the run, so that errors show at once."""
-    task = load_task(config["task"])
-    config["data"] = find_data(task, config["data"])
-    least = min(len(labels) for _, labels in read_data(task, config["data"]))
-    check_enough(least, config["num-clients"])
+        return launch.host_run(address, config, nodes, tls)
 
 
 if __name__ == "__main__":

@@ -8,29 +8,25 @@ can be federated, with or without warnings, 1 if it cannot, 2 for a wrong comman
 
 import argparse
 import ast
-import functools
 import importlib.util
-import inspect
 import math
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from traceback import extract_tb
-from types import ModuleType
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any
 
-import numpy as np
-from flwr.app import ArrayRecord
 from tqdm import tqdm
 
 from federation import launch, weights
+from federation.config import module_name
 from federation.console import reason
-from federation.task import build_net, find_data, load_task, read_data, seed_generators
+from federation.sources import parse, unresolved
+from federation.task import build_net, find_data, load_task, read_data
+from federation.trial import BATCH, SEED, Trial, check_usable, norm
 
-SAMPLES, BATCH, SEED = 96, 16, 7
 LONG = 0.5  # seconds for one statement of an import
 LARGE = 10_000  # elements of an array that an import leaves behind
 SAME = 1e-3  # how far two models may be apart, as a part of the step that led to them; rounding makes up to 1e-5 of it
@@ -54,13 +50,8 @@ def import_watched(name: str) -> list[str]:
 
     Raises ValueError where it cannot be imported.
     """
-    spec = importlib.util.find_spec(name)
-    if not spec or not spec.origin:
-        raise ValueError(f"task {name!r} cannot be imported: there is no {name.replace('.', '/')}.py in {Path.cwd()}")
-    try:
-        body = ast.parse(Path(spec.origin).read_bytes(), spec.origin).body
-    except SyntaxError as error:
-        raise ValueError(f"{spec.origin}, line {error.lineno}, is no Python: {error.msg}") from None
+    spec, origin = find(name)
+    body = parse(Path(origin)).body
     future: list[ast.stmt] = [one for one in body if isinstance(one, ast.ImportFrom) and one.module == "__future__"]
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     opened: list[Path] = []
@@ -73,16 +64,27 @@ def import_watched(name: str) -> list[str]:
     found = []
     for statement in body:
         opened.clear()
-        sys.argv = CommandLine([spec.origin])
+        sys.argv = CommandLine([origin])
         started, modules = time.perf_counter(), len(sys.modules)
         try:
-            exec(compile(ast.Module([*future, statement], []), spec.origin, "exec"), vars(module))
+            exec(compile(ast.Module([*future, statement], []), origin, "exec"), vars(module))
         except (Exception, SystemExit) as error:
-            raise ValueError(f"{spec.origin}, line {statement.lineno}, breaks the import: {reason(error)}") from None
+            raise ValueError(f"{origin}, line {statement.lineno}, breaks the import: {reason(error)}") from None
         seconds = time.perf_counter() - started if len(sys.modules) == modules else 0.0  # or it has imported others
         if deed := deed_of(statement, vars(module), seconds, opened, sys.argv.read):
             found.append(f"line {statement.lineno}: {deed}")
     return found
+
+
+def find(name: str) -> tuple[ModuleSpec, str]:
+    """Return where Python finds the module `name`. Raises ValueError if it does not."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # its package is missing
+        spec = None
+    if not spec or not spec.origin:
+        raise ValueError(f"task {name!r} cannot be imported: there is no {name.replace('.', '/')}.py in {Path.cwd()}")
+    return spec, spec.origin
 
 
 def deed_of(statement: ast.stmt, names: dict[str, Any], seconds: float, opened: list[Path], command_line: bool) -> str:
@@ -100,98 +102,6 @@ def deed_of(statement: ast.stmt, names: dict[str, Any], seconds: float, opened: 
     if isinstance(statement, ast.For | ast.While) or seconds > LONG:
         return "work is done at import: in every process, for every message; move it to main()"
     return ""
-
-
-# ---------------------------------------------------------------------------------------------------------- trying
-
-
-class Outcome(NamedTuple):
-    """The weights of a model before and after training, by name, and what train() has returned."""
-
-    before: ArrayRecord
-    after: ArrayRecord
-    loss: Any
-
-    def moved(self) -> set[str]:
-        """Return the names of the weights that have changed."""
-        return {name for name, array in self.after.items() if array.data != self.before[name].data}
-
-    def equals(self, other: "Outcome") -> bool:
-        return weights.sha256(self.after) == weights.sha256(other.after)
-
-    def apart(self, other: "Outcome") -> float:
-        """Return how far both are apart, as a part of the step that has led to this one."""
-        return norm(self.after, other.after) / self.step()
-
-    def step(self) -> float:
-        return norm(self.after, self.before)
-
-
-def norm(one: ArrayRecord, other: ArrayRecord) -> float:
-    """Return the Euclidean distance of two models."""
-    return math.hypot(*(float(np.linalg.norm(one[name].numpy().astype(float) - other[name].numpy())) for name in one))
-
-
-class Trial:
-    """A task, and some of its training samples to try it on."""
-
-    def __init__(self, task: ModuleType, root: str) -> None:
-        self.task = task
-        self.samples, _ = read_data(task, find_data(task, root))
-        self.rows = np.sort(np.random.default_rng(0).permutation(len(self.samples[1]))[:SAMPLES]).astype(np.int32)
-        parameter = inspect.signature(task.train).parameters.get("lr")
-        self.defaults = {"lr": 0.01} if parameter and parameter.default is parameter.empty else {}
-        self.train: Callable[..., Outcome] = functools.cache(self.train_anew)  # most checks compare with the same ones
-
-    def data(self, copies: int = 1) -> Any:
-        """Return the samples, each of them `copies` times. Raises ValueError where rows cannot be picked."""
-        rows = np.concatenate([self.rows] * copies)
-        try:
-            return tuple(part[rows] for part in self.samples)
-        except Exception as error:
-            kinds = " and ".join(type(part).__name__ for part in self.samples)
-            raise ValueError(f"load_data() should return arrays, from which rows can be picked by an array of their "
-                             f"numbers; it returns {kinds}: {reason(error)}") from None  # fmt: skip
-
-    def train_anew(self, calls: int = 1, copies: int = 1, seed: int = SEED, **given: Any) -> Outcome:
-        """Train a new net, in one call of train() or several that count on the seed."""
-        given = {"epochs": 1, "batch_size": BATCH} | self.defaults | given
-        net, data = build_net(self.task, SEED), self.data(copies)
-        before = weights.from_net(net)
-        seed_generators(random.SystemRandom().randrange(2**31))  # what it draws is to come from its seed
-        for call in range(calls):
-            loss = self.call("train", net, data, seed=seed + call * given["epochs"], **given)
-        return Outcome(before, weights.from_net(net), loss)
-
-    def test(self, copies: int = 1) -> Any:
-        return self.call("test", build_net(self.task, SEED), self.data(copies))
-
-    def call(self, function: str, *given: Any, **named: Any) -> Any:
-        """Call train() or test(). Raises ValueError where it fails."""
-        try:
-            return getattr(self.task, function)(*given, **named)
-        except Exception as error:
-            lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == self.task.__file__]
-            where = f"in line {lines[-1]}" if lines else "where it is called"
-            raise ValueError(f"{function}() with {named} failed {where}: {reason(error)}") from None
-
-    def step(self, copies: int = 1, **given: Any) -> Outcome:
-        """Train a new net on all samples at once."""
-        return self.train(copies=copies, batch_size=copies * len(self.rows), **given)
-
-
-def check_usable(trial: Trial) -> None:
-    """Raise ValueError where one of the four functions does something that no federation can use."""
-    trained, tested = trial.train(), trial.test()
-    if not isinstance(trained.loss, SupportsFloat):
-        raise ValueError(f"train() returns {type(trained.loss).__name__}, but it should train the net that it is "
-                         "given, and return the mean loss per sample")  # fmt: skip
-    if not trained.moved():
-        raise ValueError("train() leaves the net that it is given as it was: it should train that one, not a copy")
-    if not isinstance(tested, tuple) or len(tested) != 2 or not all(isinstance(one, SupportsFloat) for one in tested):
-        raise ValueError(f"test() returns {tested!r}, but it should return (mean loss per sample, accuracy)")
-    if not 0 <= float(tested[1]) <= 1:
-        raise ValueError(f"test() returns an accuracy of {float(tested[1]):g}; it should lie in 0..1")
 
 
 # ------------------------------------------------------------------------------------------- what hurts, one by one
@@ -291,18 +201,21 @@ def command() -> int:
     parser.add_argument("--data", default="", metavar="DIR", help="its data (default: the script's own choice)")
     args = parser.parse_args()
     os.environ |= dict.fromkeys(launch.THREADS, "1") | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
-    found = import_watched(args.task)
+    name = module_name(args.task)
+    found = import_watched(name)
+    task = load_task(name)
+    found += unresolved(task)
     for one in found:
-        print(f"{args.task}, {one}")
-    trial = Trial(load_task(args.task), args.data)
+        print(f"{name}, {one}")
+    trial = Trial(task, read_data(task, find_data(task, args.data)))
     try:
         check_usable(trial)
         for one in warnings(trial):
-            print(f"{args.task}: {one}")
+            print(f"{name}: {one}")
             found.append(one)
     except ValueError as error:
-        raise ValueError(f"{args.task} cannot be federated: {error}") from None
-    print(f"{args.task} can be federated{f', but mind the {len(found)} above' if found else ''}")
+        raise ValueError(f"{name} cannot be federated: {error}") from None
+    print(f"{name} can be federated{f', but mind the {len(found)} above' if found else ''}")
     return 0
 
 

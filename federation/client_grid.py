@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from federation import bundle, packing, partition, weights
+from federation.agreement import disagreement
 from federation.console import reason, say, tell
 from federation.roster import POLL, Client, Roster
 from federation.strategy import check_reply
@@ -28,6 +29,7 @@ from federation.strategy import check_reply
 PRESENCE = 2.0  # seconds between two looks at who is still there
 BUNDLED = 32 * 2**20  # bytes of models in a bundle, unless a single one has more: each is in memory several times
 MOST_LISTED = 10  # clients with the same reason
+SIDES = "clients", "server"
 DOING = {MessageType.TRAIN: "training", MessageType.EVALUATE: "testing"}
 
 
@@ -61,8 +63,10 @@ class Exchange:
     shown: int = -1  # how many replies the terminal knows of
     good: list[Message] = field(default_factory=list)
     rejected: dict[str, list[int]] = field(default_factory=dict)  # positions by reason
+    failed: str = ""  # why the first one failed that had not just left or was late
 
-    def reject(self, question: Message, why: str) -> None:
+    def reject(self, question: Message, why: str, failed: bool = False) -> None:
+        self.failed = self.failed or why * failed
         self.rejected.setdefault(why, []).append(question.metadata.dst_node_id)
 
     def show_progress(self) -> None:
@@ -82,6 +86,7 @@ class ClientGrid(Grid):
         self.sent: dict[str, Batch] = {}  # by the id of the node's message
         self.lost: set[str] = set()  # the ids of clients' messages that found no node
         self.replies: dict[str, Message] = {}  # that nobody has pulled yet, by the ids of the clients' messages
+        self.evaluated: list[Message] = []  # the last replies to `evaluate`
         self.dropped = self.bytes_down = self.bytes_up = 0
 
     def set_run(self, run: Any) -> None:
@@ -143,9 +148,7 @@ class ClientGrid(Grid):
     def _address(self, client: Client, question: Message) -> RecordDict:
         """Return the content of a strategy's message, and what differs from client to client."""
         content = RecordDict(dict(question.content))
-        content["client"] = ConfigRecord(
-            {"position": client.position, "data": self.roster.root, "digest": self.roster.digest}
-        )
+        content["server"], content["client"] = self.roster.facts, ConfigRecord({"position": client.position})
         if client.rows:
             split = "train" if question.metadata.message_type == MessageType.TRAIN else "test"
             content["rows"] = ArrayRecord({"mask": Array(self._mask(split, client.rows[split]))})
@@ -175,8 +178,11 @@ class ClientGrid(Grid):
 
         Waits for `timeout` seconds at most (default: `round-timeout`), and not for clients that have left.
         """
-        timeout = self.config["round-timeout"] if timeout is None else timeout
-        exchange = self._begin(list(messages))
+        exchange = self._exchange(list(messages), self.config["round-timeout"] if timeout is None else timeout)
+        return sorted(exchange.good, key=lambda reply: reply.metadata.src_node_id)
+
+    def _exchange(self, messages: list[Message], timeout: float) -> Exchange:
+        exchange = self._begin(messages)
         deadline, look = time.monotonic() + timeout, 0.0
         exchange.show_progress()
         while exchange.pending:
@@ -189,7 +195,7 @@ class ClientGrid(Grid):
                 self._reject_late(exchange, timeout)
             time.sleep(POLL if exchange.pending else 0)
         self._report_rejected(exchange)
-        return sorted(exchange.good, key=lambda reply: reply.metadata.src_node_id)
+        return exchange
 
     def _begin(self, questions: list[Message]) -> Exchange:
         pairs = [*zip(self.push_messages(questions), questions, strict=True)]
@@ -208,7 +214,7 @@ class ClientGrid(Grid):
             try:
                 check_reply(question, reply, client.samples, exactly=client.rows is not None)
             except ValueError as error:
-                exchange.reject(question, str(error))
+                exchange.reject(question, str(error), failed=True)
                 continue
             self.bytes_up += sum(weights.size(arrays) for arrays in reply.content.array_records.values())
             exchange.good.append(reply)
@@ -244,10 +250,15 @@ class ClientGrid(Grid):
                 name = self.roster.clients[position].name
                 say(f"client {position}{f' ({name})' * bool(name)} is left out: {why}")
 
-    def pop_counters(self) -> dict[str, int]:
-        """Return what has been counted since the last call: rejected replies, and bytes to and from all clients."""
-        counts = {"dropped": self.dropped, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+    def pop_counters(self) -> dict[str, float]:
+        """Return what has been counted since the last call.
+
+        That is rejected replies, bytes to and from all clients, and seconds that were spent waiting for clients.
+        """
+        counts: dict[str, float] = {"dropped": self.dropped, "bytes_down": self.bytes_down, "bytes_up": self.bytes_up}
+        counts["waiting_seconds"] = round(self.roster.waited, 3)
         self.dropped = self.bytes_down = self.bytes_up = 0
+        self.roster.waited = 0.0
         return counts
 
     # --------------------------------------------------------------------------------------------------- training
@@ -267,6 +278,23 @@ class ClientGrid(Grid):
                 return replies
             say(f"round {server_round}: {len(replies)} of {len(questions)} models are good, {needed} needed")
         raise RuntimeError(f"round {server_round}: too few good models, even after {self.config['retries']} retries")
+
+    def evaluate(self, strategy: Strategy, server_round: int, arrays: ArrayRecord) -> list[Message]:
+        """Return the replies of the clients that `strategy` asks to evaluate. Raises RuntimeError if all fail."""
+        questions = list(strategy.configure_evaluate(server_round, arrays, ConfigRecord(), self))
+        exchange = self._exchange(questions, self.config["round-timeout"])
+        if not exchange.good and exchange.failed:
+            raise RuntimeError(f"round {server_round}: no client could evaluate the model: {exchange.failed}")
+        self.evaluated = sorted(exchange.good, key=lambda reply: reply.metadata.src_node_id)
+        return self.evaluated
+
+    def compare(self, results: dict[str, Any]) -> None:
+        """Print a warning if the clients' results differ from the server's, though all its test samples were theirs."""
+        clients = [self.roster.clients[reply.metadata.src_node_id] for reply in self.evaluated]
+        samples = len(self.roster.labels[1])
+        if sum(client.samples["test"] for client in clients if client.rows) == samples:
+            theirs, ours = ({name: results[f"{side}_{name}"] for name in ("loss", "accuracy")} for side in SIDES)
+            say(disagreement(theirs, ours, samples))
 
 
 def _unwrap(reply: Message, batch: Batch) -> list[Message]:

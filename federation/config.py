@@ -67,6 +67,8 @@ def checked(overrides: Mapping[str, Any]) -> Config:
     """Return the defaults with `overrides`. Raises ValueError for an unknown key, a wrong type or a wrong value."""
     config = defaults()
     for key, value in overrides.items():
+        if key == "task" and isinstance(value, str):
+            value = module_name(value)
         if key not in config:
             raise ValueError(f"run config has no key {key!r}; its keys are: {', '.join(config)}")
         config[key] = _checked_value(key, value, type(config[key]))
@@ -74,6 +76,16 @@ def checked(overrides: Mapping[str, Any]) -> Config:
         raise ValueError(f"run config min-clients={config['min-clients']} is more than "
                          f"num-clients={config['num-clients']}")  # fmt: skip
     return config
+
+
+def module_name(task: str) -> str:
+    """Return the name under which Python imports a task: a file below the current folder may be named instead."""
+    if not task.endswith(".py"):
+        return task
+    path = Path(task)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"task {task!r}: change to its folder and give its name, {path.stem}")
+    return ".".join(path.with_suffix("").parts)
 
 
 def _checked_value(key: str, value: Any, kind: Any) -> Any:

@@ -37,7 +37,7 @@ def tell(**event: Any) -> None:
 def reason(error: object) -> str:
     """Return an error in one line: Flower's own way of putting it, <class 'X'>:<'text'>, is undone."""
     text = " ".join(str(error).split())
-    text = re.sub(r"^<class '[\w.]*'>:<'(.*)'>$", r"\1", text)
+    text = re.sub(r"^<class '[^']*'>:<'(.*)'>$", r"\1", text)
     return re.sub(r"^.*ClientAppException occurred\. Message: ", "", text) or repr(error)
 
 

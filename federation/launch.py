@@ -11,10 +11,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import filelock
 import psutil
@@ -26,7 +27,6 @@ from federation.config import Config
 from federation.console import FOLDER
 from federation.network import Address, LaunchError, free_port, is_up, shown
 from federation.session import ROOT, Session, relay, session
-from federation.task import load_task, sources
 
 LOST_AFTER = 20  # seconds without an answer, after which a client takes its server for gone
 FORGOTTEN_AFTER = 65  # seconds after which a server has noticed that a client is gone
@@ -55,32 +55,45 @@ def host_run(
     run_config: Config,
     federation_config: Config | None = None,
     tls: Path | None = None,
-    prepare: Callable[[], object] = lambda: None,
 ) -> int:
     """Run the app in this folder on a SuperLink of its own and return the exit status: 0, or 1 if it failed.
 
     With `federation_config`, Flower's Simulation Engine plays the clients as this says. With `tls`, the folder of a
-    server's certificate, clients are served over TLS, and if it has a folder `clients`, only those.
-    `prepare` is called while the SuperLink starts; no client can connect before it has returned.
+    server's certificate, clients are served over TLS, and if it has a folder `clients`, only those. No client can
+    connect before the task has been tried. Raises ValueError where it cannot be federated.
     """
     inside = "127.0.0.1", free_port()
     environment = hide_tensorflow.environment() if federation_config else {}
     with session(Path(str(run_config["out"])) / "log.txt", environment) as ours:
         register = Register(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         superlink, ca = start_superlink(ours, inside, federation_config is not None, register is not None)
-        prepare()
+        found = prepare(ours, run_config)
         await_server(ours, superlink, inside, ca, "the SuperLink")
         if register:
             register.update()
             register.show()
             Thread(target=register.watch, daemon=True).start()
-        run = submit(ours, run_config, federation_config)
+        run = submit(ours, run_config | {"data": found["data"]}, federation_config, found["files"])
         if not federation_config:
             start_gate(ours, address, inside, ca, tls)
         status = relay(run, ours.log)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status
+
+
+def prepare(ours: Session, run_config: Config) -> dict[str, Any]:
+    """Try the task; return where its `data` are, and its `files` by name. Raises ValueError where it cannot be used."""
+    report = ours.home / "task.json"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from federation.prepare import main; main()"
+    command = [sys.executable, "-P", "-c", code, json.dumps(run_config), str(report)]
+    status = ours.popen(*command, stdout=None, stderr=None).wait()
+    if not report.exists():
+        raise LaunchError(f"trying {run_config['task']} on a few samples ended its process with status {status}")
+    found: dict[str, Any] = json.loads(report.read_text("utf-8"))
+    if "error" in found:
+        raise ValueError(found["error"])
+    return found
 
 
 def start_superlink(
@@ -133,11 +146,13 @@ def reachable(address: Address) -> Address:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port
 
 
-def submit(ours: Session, run_config: Config, federation_config: Config | None) -> "subprocess.Popen[str]":
+def submit(
+    ours: Session, run_config: Config, federation_config: Config | None, files: Mapping[str, str]
+) -> "subprocess.Popen[str]":
     """Start the run and return a process that lasts as long as it does, and prints what its ServerApp prints."""
     overrides = ours.home / "run-config.toml"
     overrides.write_text(assignments(run_config, "\n"), "utf-8")
-    app = bundle(ours.home / "app", str(run_config["task"]))
+    app = bundle(ours.home / "app", files)
     command = ["flwr", "run", str(app), "ours", "--stream", "--run-config", str(overrides)]
     if federation_config:
         command += ["--federation-config", assignments(federation_config, " ")]
@@ -148,13 +163,13 @@ def assignments(config: Config, separator: str) -> str:
     return separator.join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in config.items())
 
 
-def bundle(folder: Path, task: str) -> Path:
-    """Gather in `folder` what clients need: client, server, and the task with what it imports from beside it.
+def bundle(folder: Path, files: Mapping[str, str]) -> Path:
+    """Gather in `folder` what clients need: client, server, and the files of the task, by name.
 
     Of the whole project, Flower would ship every script, and look through all environments in it first.
     """
     ours = [ROOT / name for name in ("pyproject.toml", "client.py", "server.py")] + [*ROOT.glob("federation/**/*.py")]
-    for name, path in (sources(load_task(task)) | {str(path.relative_to(ROOT)): path for path in ours}).items():
+    for name, path in ({**files} | {str(path.relative_to(ROOT)): str(path) for path in ours}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     return folder

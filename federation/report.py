@@ -31,6 +31,7 @@ COLUMNS = {  # heading: key in metrics.json, and how it is shown
     " accuracy": ("server_accuracy", "9.4f"),
     "clients": ("clients", "7d"),
     "seconds": ("seconds", "7.1f"),
+    "waiting": ("waiting_seconds", "7.1f"),
 }
 MOST_CLASSES = 1000  # with more of them, labels are taken for something else
 KEYS = [key for key, _ in COLUMNS.values()] + ["samples", "client_seconds", "dropped", "bytes_down", "bytes_up"]
@@ -88,6 +89,7 @@ class Report:
     def round(self, arrays: ArrayRecord, state: Records, **numbers: Any) -> None:
         """Add a round that has made the global model `arrays`, with the strategy in `state`, and show it."""
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
+        seconds -= numbers.get("waiting_seconds", 0.0)
         row = dict.fromkeys(KEYS) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
         if not self.metrics["rounds"]:
             say("  ".join(COLUMNS))

@@ -12,13 +12,15 @@ from flwr.serverapp import Grid
 from federation import partition
 from federation.config import Config
 from federation.console import reason, say
-from federation.task import data_digest, load_task, source_digest
+from federation.fingerprint import fingerprint
+from federation.sources import compared, digest
+from federation.task import load_task
 
 POLL = 0.1  # seconds between two looks for replies
 JOIN_TIMEOUT = 120  # seconds that a round waits for nodes that are joining: who takes longer joins a later one
 JOIN_SCHEMA = {  # what a node says of itself, by type
-    "name": str, "key": str, "clients": int, "partition-id": int, "num-partitions": int, "flwr": str, "task": str,
-    "data": str, "train-samples": int, "test-samples": int,
+    "name": str, "key": str, "clients": int, "partition-id": int, "num-partitions": int, "flwr": str, "files": list,
+    "own-data": str, "train-samples": int, "test-samples": int,
 }  # fmt: skip
 
 
@@ -33,15 +35,20 @@ class Client:
     rows: dict[str, partition.Rows] | None  # by split; None for one with data of its own
     samples: dict[str, int]  # how many it has joined with, by split
     shares_node: bool  # with other clients, so that its messages travel in a bundle
+    own_data: str  # why its data are its own, and no copy of the server's; "" if they are one
 
 
 class Roster:
     """The clients of a run, by position, and the nodes that play them."""
 
     def __init__(self, grid: Grid, config: Config, root: str, data: Any) -> None:
-        self.grid, self.config, self.root = grid, config, root
-        self.digest, self.code = data_digest(data), source_digest(load_task(config["task"]))
+        self.grid, self.config = grid, config
         self.labels = data[0][1], data[1][1]
+        self.files = {name: digest(path) for name, path in compared(load_task(config["task"])).items()}
+        self.facts = ConfigRecord(  # what every message tells of the server
+            {"data": root, "fingerprint": fingerprint(data), "files": list(self.files)}
+        )
+        self.waited = 0.0  # seconds, for clients to join
         self.split(config["num-clients"])
         self.clients: dict[int, Client] = {}
         self.joining: dict[str, int] = {}  # message id: node
@@ -73,12 +80,14 @@ class Roster:
 
     def wait_for(self, count: int) -> None:
         """Return once `count` clients are present; admit the nodes that come meanwhile."""
+        started = time.monotonic()
         self.poll_new_nodes()
         if len(self.present()) < count:
             say(f"waiting for {count} clients, {len(self.present())} here")
         while len(self.present()) < count or (self.joining and time.monotonic() < self.join_deadline):
             time.sleep(POLL)
             self.poll_new_nodes()
+        self.waited += time.monotonic() - started
 
     def poll_new_nodes(self) -> None:
         """Ask new nodes to introduce themselves, and admit those that have."""
@@ -87,7 +96,7 @@ class Roster:
         self.known_nodes = online
         if new:
             self.join_deadline = time.monotonic() + JOIN_TIMEOUT
-            hello = RecordDict({"client": ConfigRecord({"data": self.root})})
+            hello = RecordDict({"server": self.facts})
             asked = zip(self._query("join", hello, new), new, strict=True)
             self.joining |= {message: node for message, node in asked if message}  # no id: it has gone already
         online = set(self.grid.get_node_ids())  # before the look for replies: who replies and goes is heard
@@ -126,24 +135,43 @@ class Roster:
     def _welcome(self, joined: list[Client]) -> str:
         first, samples = joined[0], sum(client.samples["train"] for client in joined)
         who = f"client {first.position}" if len(joined) == 1 else f"{len(joined)} clients"
-        share = f"{samples:,} samples" + (f" of {len(self.labels[0]):,}" if first.rows else " of its own")
-        return f"{who} joined{' from ' * bool(first.name)}{first.name}: {share}"
+        copy = f"of {len(self.labels[0]):,}, a copy of the server's data"
+        share = copy if first.rows else f"of its own: {first.own_data}"
+        return f"{who} joined{' from ' * bool(first.name)}{first.name}: {samples:,} samples {share}"
 
     def _clients_of(self, node: int, facts: dict[str, Any]) -> list[Client]:
         """Return the clients that a node plays, each with its place. Raises ValueError if the node may not join."""
         check_version(facts["flwr"])
-        if facts["task"] != self.code:
-            raise ValueError(f"its copy of {self.config['task']} differs from the server's: copy that, or start "
-                             "the client in a folder without one, and it runs the server's")  # fmt: skip
-        copy = facts["data"] == self.digest
+        self._check_files(facts["files"])
+        copy = not facts["own-data"]
         wanted = self._wanted(facts)
-        if len(wanted) > 1 and not copy:
-            raise ValueError(f"it plays {len(wanted)} clients, but its data are not a copy of the server's; "
-                             "a client with data of its own needs a node of its own")  # fmt: skip
+        if not copy:
+            self._check_own_data(facts, wanted)
         keys = [facts["key"] and facts["key"] + f" {slot}" * bool(slot) for slot in range(len(wanted))]
         positions = self._assign_partitions(node, wanted, keys, facts["num-partitions"], copy)
         pairs = zip(positions, keys, strict=True)
         return [self._client(position, node, key, facts, copy, len(wanted) > 1) for position, key in pairs]
+
+    def _check_files(self, digests: list[str]) -> None:
+        theirs = dict(zip(self.files, digests, strict=False))
+        for name, ours in self.files.items():
+            if theirs.get(name) != ours:
+                raise ValueError(f"its {name} differs from the server's: copy that, or start the client in a folder "
+                                 "without one, and it runs the server's")  # fmt: skip
+
+    def _check_own_data(self, facts: dict[str, Any], wanted: list[int]) -> None:
+        """Raise an error where a client has data of its own and cannot: RuntimeError in a simulation."""
+        found = f"{facts['own-data']:.300}"
+        if _is_simulated(facts):
+            raise RuntimeError(f"a client of the simulation has other data than the server: {found}; "
+                               "load_data() has to return the same in every process")  # fmt: skip
+        why = f"its data are not a copy of the server's ({found})"
+        if len(wanted) > 1:
+            raise ValueError(f"it plays {len(wanted)} clients, but {why}; with data of its own it can play one")
+        if wanted[0] >= 0:
+            raise ValueError(
+                f"it wants partition {wanted[0]} of the server's data, but {why}; leave --partition-id out"
+            )
 
     def _client(
         self, position: int, node: int, key: str, facts: dict[str, Any], copy: bool, shares_node: bool
@@ -151,7 +179,7 @@ class Roster:
         rows = {split: parts[position] for split, parts in self.parts.items()} if copy else None
         own = {"train": facts["train-samples"], "test": facts["test-samples"]}
         samples = {split: len(held) for split, held in rows.items()} if rows else own
-        return Client(position, node, facts["name"], key, rows, samples, shares_node)
+        return Client(position, node, facts["name"], key, rows, samples, shares_node, f"{facts['own-data']:.300}")
 
     def _wanted(self, facts: dict[str, Any]) -> list[int]:
         """Return the partitions that the clients of a node want, -1 for any. The first node settles how many there are.
@@ -159,7 +187,7 @@ class Roster:
         A node of the Simulation Engine, which names no number of clients, plays its share of them: node i of n those
         of partitions i, i + n, i + 2n, and so on.
         """
-        nodes, simulated = facts["num-partitions"], facts["clients"] == 0 and facts["num-partitions"] > 0
+        nodes, simulated = facts["num-partitions"], _is_simulated(facts)
         partitions = max(nodes, self.config["num-clients"]) if simulated else nodes
         if not self.clients and partitions not in (0, self.partitions):
             self.split(partitions)
@@ -214,6 +242,11 @@ class Roster:
         deadline = time.monotonic() + (15 if node is None else 0)  # one who is refused holds nobody up
         while nodes & set(self.grid.get_node_ids()) and time.monotonic() < deadline:
             time.sleep(POLL)
+
+
+def _is_simulated(facts: dict[str, Any]) -> bool:
+    """Tell whether a node is of Flower's Simulation Engine: it has a partition, but client.py has not started it."""
+    return bool(facts["clients"] == 0 and facts["num-partitions"] > 0)
 
 
 def check_version(theirs: str) -> None:

@@ -57,9 +57,10 @@ class Session:
         return process
 
     def popen(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
         return subprocess.Popen(
-            command, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, **options,
+            command, env=self.environment, stdin=subprocess.DEVNULL, text=True, errors="replace",
+            start_new_session=True, **options,
         )  # fmt: skip
 
     def warm_up(self) -> None:

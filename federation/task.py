@@ -1,7 +1,6 @@
 """A task: any module with Net, load_data, train and test. Loading one, and asking it for what a federation needs."""
 
 import functools
-import hashlib
 import importlib
 import inspect
 import os
@@ -15,6 +14,7 @@ import numpy as np
 
 from federation import hide_tensorflow
 from federation.console import FOLDER, reason
+from federation.fingerprint import fingerprint
 
 CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the arguments that it is called with
     "Net": (),
@@ -68,23 +68,6 @@ def _breach(task: ModuleType, name: str, arguments: tuple[str, ...]) -> str:
     return f"has a {name}() in line {line} that takes no {', '.join(missing)}" if missing else ""
 
 
-def sources(task: ModuleType) -> dict[str, Path]:
-    """Return the files of a task: its own, and those that it imports from beside it. An installed one has none.
-
-    The keys are the paths from the folder in which Python has found the task.
-    """
-    file = Path(str(task.__file__)).absolute()
-    base = file.parents[task.__name__.count(".") + (file.name == "__init__.py")]
-    files = [Path(str(module.__file__)) for module in sys.modules.values() if getattr(module, "__file__", None)]
-    ours = [path for path in files if path.is_relative_to(base) and not path.is_relative_to(sys.prefix)]
-    return {path.relative_to(base).as_posix(): path for path in ours if path.suffix == ".py"}
-
-
-def source_digest(task: ModuleType) -> str:
-    """Digest the task's own file: it tells a copy of the script from another version of it."""
-    return hashlib.sha256(Path(str(task.__file__)).read_bytes()).hexdigest()[:16]
-
-
 def find_data(task: ModuleType, root: str) -> str:
     """Return the place that the task would read for `root`, where the task can say so."""
     if hasattr(task, "find_data"):
@@ -111,9 +94,9 @@ def read_data(task: ModuleType, root: str | None) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def open_data(task: ModuleType, root: str) -> tuple[Any, str]:
-    """Return the task's data and their digest. A process that answers many messages reads them once."""
+    """Return the task's data and their fingerprint. A process that answers many messages reads them once."""
     data = read_data(task, root)
-    return data, data_digest(data)
+    return data, fingerprint(data)
 
 
 def build_net(task: ModuleType, seed: int) -> Any:
@@ -151,11 +134,3 @@ def client_seed(seed: int, partition: int, first_epoch: int) -> int:
     as the centralized script does, whose epoch e is drawn from seed + e. Partitions lie a million epochs apart.
     """
     return (seed + partition * 1_000_003 + first_epoch) % 2**31
-
-
-def data_digest(data: Any) -> str:
-    """Digest all labels of `((x_train, y_train), (x_test, y_test))`: it tells a copy of a data set from another one."""
-    digest = hashlib.sha256()
-    for _, labels in data:
-        digest.update(np.ascontiguousarray(labels).tobytes() + b"|")
-    return digest.hexdigest()[:16]

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +19,8 @@ from packaging.requirements import Requirement
 
 import cifar
 from federation import launch
-from federation.task import build_net, client_seed, data_digest, load_task
+from federation.sources import sources
+from federation.task import build_net, client_seed, load_task
 from tests.conftest import ROOT
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -111,7 +111,8 @@ def test_clients_get_the_app_and_the_task_with_what_it_imports_and_nothing_else(
     with patch.dict(sys.modules):
         for name in [name for name in sys.modules if name.split(".")[0] in ours]:
             del sys.modules[name]  # as in a process that has not yet imported anything of the project
-        launch.bundle(tmp_path, "benchmarks.niid_bench")
+        files = sources(load_task("benchmarks.niid_bench"))
+        launch.bundle(tmp_path, {name: str(path) for name, path in files.items()})
     bundled = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     app = {"pyproject.toml", "client.py", "server.py"}
     app |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("federation/**/*.py")}
@@ -261,11 +262,3 @@ def test_arrays_of_a_task_are_not_taken_for_keras(
 def test_a_net_that_takes_the_seed_is_given_it(write: Any) -> None:
     task = load_task(write("\n".join((COMPLETE | {"Net": "def Net(seed): return ('net', seed)"}).values())))
     assert build_net(task, 5) == ("net", 5)
-
-
-def test_a_digest_tells_a_copy_of_a_data_set_from_another_one() -> None:
-    x, y = np.zeros((4, 2)), np.array([0, 1, 2, 3])
-    digest = data_digest(((x, y), (x, y)))
-    assert data_digest(((x, torch.from_numpy(y)), (x.copy(), y.copy()))) == digest
-    assert data_digest(((x, y[::-1]), (x, y))) != digest
-    assert data_digest(((x[:3], y[:3]), (np.zeros((5, 2)), np.array([3, 0, 1, 2, 3])))) != digest

@@ -19,8 +19,9 @@ import client as client_app
 from federation import bundle, client_grid, packing, partition, roster, weights
 from federation.client_grid import ClientGrid, seed_sampling
 from federation.config import checked
+from federation.fingerprint import fingerprint
 from federation.roster import Roster
-from federation.task import data_digest, source_digest
+from federation.sources import compared, digest
 
 DATA = (np.zeros((20, 2)), np.arange(20)), (np.zeros((12, 2)), np.arange(12))
 MODEL = ArrayRecord({"w": Array(np.arange(4, dtype=np.float32))})
@@ -58,8 +59,8 @@ class FakeClient:
     partitions: int = 0
     key: str | None = None  # by default made from the name, as launch.py does
     samples: int = 20
-    data: str = data_digest(DATA)
-    task: str = source_digest(cifar)
+    own_data: str = ""
+    files: list[str] = field(default_factory=lambda: [digest(path) for path in compared(cifar).values()])
     flwr: str = version("flwr")
     clients: int = 0  # that the node plays; 0 if it does not say
     joins_after: float = 0.0
@@ -73,13 +74,17 @@ class FakeClient:
         if message.metadata.message_type == "query.join":
             facts = {"name": self.name, "partition-id": self.wanted, "num-partitions": self.partitions}
             facts |= {"key": self.key if self.key is not None else self.name and f"{self.name} 1"}
-            facts |= {"clients": self.clients, "flwr": self.flwr, "data": self.data, "task": self.task}
+            facts |= {"clients": self.clients, "flwr": self.flwr, "own-data": self.own_data, "files": self.files}
             facts |= {"train-samples": self.samples, "test-samples": 12} | self.odd
             facts = {key: value for key, value in facts.items() if value is not None}
             return Message(RecordDict({"client": ConfigRecord(facts)}), reply_to=message)
         if self.fails:
             return Message(Error(1, self.fails), reply_to=message)
-        metrics = {"num-examples": len(rows_of(message) or range(self.samples)), "train-loss": 0.5, "seconds": 0.1}
+        metrics = {"num-examples": len(rows_of(message) or range(self.samples)), "seconds": 0.1}
+        if message.metadata.message_type == MessageType.EVALUATE:
+            found = MetricRecord(metrics | {"loss": 0.5, "accuracy": 0.5})
+            return Message(RecordDict({"metrics": found}), reply_to=message)
+        metrics["train-loss"] = 0.5
         return Message(RecordDict({"arrays": MODEL, "metrics": MetricRecord(metrics)}), reply_to=message)
 
     def of_type(self, message_type: str) -> list[Message]:
@@ -302,7 +307,7 @@ def test_a_partition_is_kept_for_the_client_that_an_earlier_server_gave_it_to(cl
 
 @pytest.mark.parametrize(("data", "old", "new"), [("", 2, 0), ("another", 0, 2)], ids=["a copy", "its own"])
 def test_a_client_that_has_changed_its_data_gets_another_place(clock: Clock, data: str, old: int, new: int) -> None:
-    ours, _ = federation(clock, FakeClient(1, "a/0", data=data or data_digest(DATA)))
+    ours, _ = federation(clock, FakeClient(1, "a/0", own_data=data))
     ours.roster.places = {"a/0 1": old}  # the places below 2 are partitions, the others for data of their own
     ours.roster.wait_for(1)
     assert places(ours) == {1: new} and ours.roster.places == {"a/0 1": new}
@@ -317,12 +322,12 @@ def test_a_client_whose_partition_is_not_there_any_more_gets_another(clock: Cloc
 
 
 def test_a_client_with_other_data_gets_no_rows(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    own = [FakeClient(node, f"site/{node}", data="another digest", samples=7) for node in (1, 2, 3)]
+    own = [FakeClient(node, f"site/{node}", own_data="7 training samples", samples=7) for node in (1, 2, 3)]
     ours, _ = federation(clock, *own)  # three, though only two are waited for
     ours.roster.wait_for(3)
     assert sorted(train(ours)) == [2, 3, 4]  # after the partitions, which are for clients with the server's data
     assert all("rows" not in client.of_type("train")[0].content for client in own)
-    assert "client 2 joined from site/1: 7 samples of its own" in capsys.readouterr().out
+    assert "client 2 joined from site/1: 7 samples of its own: 7 training samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("theirs", ["1.40.0", "2.0.0", "1.999.0"])
@@ -336,10 +341,10 @@ def test_another_version_of_flower_is_refused(clock: Clock, theirs: str) -> None
 
 
 def test_another_version_of_the_script_is_refused(clock: Clock) -> None:
-    stranger, fine = FakeClient(1, "a/0", task="another"), FakeClient(2, "b/0", joins_after=20)
+    stranger, fine = FakeClient(1, "a/0", files=["another"]), FakeClient(2, "b/0", joins_after=20)
     ours, grid = federation(clock, stranger, fine, count=1)
     ours.roster.wait_for(1)
-    assert_refused(grid, ours, stranger, "its copy of cifar differs from the server's")
+    assert_refused(grid, ours, stranger, "its cifar.py differs from the server's")
     assert places(ours) == {2: 0}
 
 
@@ -402,7 +407,8 @@ def test_a_client_that_fails_to_join_is_named_and_left_alone(clock: Clock, capsy
 @pytest.mark.parametrize(
     "odd",
     [{"name": 5}, {"name": None}, {"key": 1.5}, {"partition-id": "0"}, {"partition-id": True}, {"flwr": b"1.41"},
-     {"num-partitions": None}, {"train-samples": "many"}, {"test-samples": [1]}, {"data": None}, {"colour": "red"}],
+     {"num-partitions": None}, {"train-samples": "many"}, {"test-samples": [1]}, {"files": None},
+     {"own-data": True}, {"colour": "red"}],
     ids=str,
 )  # fmt: skip
 def test_a_client_that_introduces_itself_in_another_way_is_left_alone(
@@ -449,7 +455,9 @@ def test_a_message_is_the_strategys_with_the_place_of_the_client_added(clock: Cl
     (message,) = client.of_type(MessageType.TRAIN)
     assert message.content["config"]["server-round"] == 3
     assert weights.sha256(message.content["arrays"]) == weights.sha256(MODEL)
-    assert dict(message.content["client"]) == {"position": 0, "data": "/data", "digest": data_digest(DATA)}
+    assert dict(message.content["client"]) == {"position": 0}
+    facts = {"data": "/data", "fingerprint": fingerprint(DATA), "files": list(compared(cifar))}
+    assert dict(message.content["server"]) == facts
     assert message.metadata.dst_node_id == 4
 
 
@@ -558,10 +566,10 @@ def test_a_mask_is_a_bit_per_sample_and_decodes_to_the_rows(clock: Clock, sample
                 assert np.flatnonzero(np.unpackbits(mask, count=size)).tolist() == rows.tolist()
 
 
-def own_samples(mask: ArrayRecord | None, digest: str = "") -> list[int]:
+def own_samples(mask: ArrayRecord | None, server_data: Any = DATA) -> list[int]:
     """Return the labels that a real client takes of the test samples, on being told `mask`."""
-    settings = ConfigRecord({"data": "", "digest": digest or data_digest(DATA)})
-    content = RecordDict({"client": settings} | ({"rows": mask} if mask else {}))
+    settings = ConfigRecord({"data": "", "fingerprint": fingerprint(server_data)})
+    content = RecordDict({"server": settings} | ({"rows": mask} if mask else {}))
     task: Any = ModuleType("task")
     task.load_data = lambda root: DATA
     message = Message(content, 1, MessageType.EVALUATE)
@@ -573,8 +581,8 @@ def test_a_client_takes_the_samples_of_its_mask_and_refuses_one_for_other_data(c
     mask = ArrayRecord({"mask": Array(ours._mask("test", np.array([0, 8, 11], np.int32)))})
     assert own_samples(mask) == [0, 8, 11]
     assert own_samples(None) == list(range(12)), "without a mask, all are its own"
-    with pytest.raises(ValueError, match="the data here are not the server's any more; start"):
-        own_samples(mask, "another digest")
+    with pytest.raises(ValueError, match="the data here are not the server's any more: as many training labels"):
+        own_samples(mask, ((DATA[0][0], DATA[0][1][::-1]), DATA[1]))
 
 
 def test_bytes_are_counted_both_ways(clock: Clock) -> None:
@@ -586,8 +594,41 @@ def test_bytes_are_counted_both_ways(clock: Clock) -> None:
         masks = sum(weights.size(client.of_type("train")[-1].content["rows"]) for client in clients)
         model = weights.size(MODEL)
         assert masks == 2 * len(Array(np.zeros(3, np.uint8)).data), "20 samples are 3 bytes and NumPy's header"
-        assert ours.pop_counters() == {"dropped": 0, "bytes_down": 2 * model + masks, "bytes_up": 2 * model}
-    assert ours.pop_counters() == {"dropped": 0, "bytes_down": 0, "bytes_up": 0}
+        counted = {"dropped": 0, "bytes_down": 2 * model + masks, "bytes_up": 2 * model}
+        assert ours.pop_counters() == counted | {"waiting_seconds": pytest.approx(0.2 if server_round == 1 else 0)}
+    assert not any(ours.pop_counters().values())
+
+
+def test_evaluations_that_all_fail_are_an_error_but_clients_that_have_left_are_none(clock: Clock) -> None:
+    clients = [FakeClient(node, f"h/{node}") for node in (1, 2)]
+    ours, grid = federation(clock, *clients)
+    ours.roster.wait_for(2)
+    clients[0].fails = clients[1].fails = "no such module: helper"
+    strategy = FedAvg(min_available_nodes=1)
+    with pytest.raises(RuntimeError, match="round 4: no client could evaluate the model: no such module: helper"):
+        ours.evaluate(strategy, 4, MODEL)
+    for each in clients:
+        each.fails, each.answers_after = "", math.inf
+    clock.at(clock.now + 3, grid.online.clear)
+    assert ours.evaluate(strategy, 5, MODEL) == []
+
+
+@pytest.mark.parametrize(("loss", "accuracy", "warns"), [(0.5, 0.5, False), (0.6, 0.5, True), (0.5, 0.75, True)])
+def test_clients_that_find_something_else_than_the_server_are_reported(
+    clock: Clock, loss: float, accuracy: float, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, _ = federation(clock, FakeClient(1, "a/0"), FakeClient(2, "b/0"))
+    ours.roster.wait_for(2)
+    found = {"clients_loss": 0.5, "clients_accuracy": 0.5, "server_loss": loss, "server_accuracy": accuracy}
+    ours.compare(found)
+    assert "warning" not in capsys.readouterr().out, "nobody has evaluated"
+    ours.evaluate(FedAvg(min_available_nodes=1), 1, MODEL)
+    ours.compare(found)
+    said = capsys.readouterr().out
+    assert ("clients and server differ on the same 12 test samples: loss 0.5000 and" in said) == warns
+    ours.evaluate(FedAvg(fraction_evaluate=0.5, min_evaluate_nodes=1, min_available_nodes=1), 2, MODEL)
+    ours.compare(found)
+    assert "warning" not in capsys.readouterr().out, "half of the samples may well be others"
 
 
 def test_asking_nobody_returns_at_once(clock: Clock) -> None:
@@ -726,10 +767,24 @@ def test_more_clients_than_partitions_are_refused(clock: Clock) -> None:
 
 
 def test_several_clients_of_a_node_cannot_have_data_of_its_own(clock: Clock) -> None:
-    many = FakeNode(1, "a/0", clients=3, data="another digest")
+    many = FakeNode(1, "a/0", clients=3, own_data="others")
     ours, grid = federation(clock, many, FakeClient(2, "b/0", joins_after=20), count=2)
     ours.roster.wait_for(1)
-    assert_refused(grid, ours, many, "it plays 3 clients, but its data are not a copy of the server's")
+    assert_refused(grid, ours, many, "it plays 3 clients, but its data are not a copy of the server's (others)")
+
+
+def test_a_partition_of_data_that_a_client_does_not_have_is_refused(clock: Clock) -> None:
+    chooser = FakeClient(1, "a/0", clients=1, wanted=1, partitions=2, own_data="others")
+    ours, grid = federation(clock, chooser, FakeClient(2, "b/0", joins_after=20), count=2)
+    ours.roster.wait_for(1)
+    why = "it wants partition 1 of the server's data, but its data are not a copy of the server's (others)"
+    assert_refused(grid, ours, chooser, f"{why}; leave --partition-id out")
+
+
+def test_other_data_in_a_simulation_are_an_error(clock: Clock) -> None:
+    ours, _ = federation(clock, FakeNode(1, "", wanted=0, partitions=2, own_data="others"), count=2)
+    with pytest.raises(RuntimeError, match="a client of the simulation has other data than the server: others"):
+        ours.roster.wait_for(1)
 
 
 @pytest.mark.parametrize(

@@ -193,14 +193,11 @@ def test_a_bad_test_is_left_out_and_changes_no_model(tmp_path: Path, whole: Call
         assert run.rounds[1][f"clients_{key}"] == pytest.approx(mean)
 
 
-def test_tests_that_are_all_bad_are_left_out(tmp_path: Path, whole: Callable[..., str]) -> None:
-    run = play(tmp_path, Trouble(lambda reply: reply.content.clear(), (1, 2, 3), kind="evaluate"))
-    assert run.metrics["final_weights_sha256"] == whole()
-    assert (run.rounds[1]["dropped"], run.rounds[1]["clients_loss"], run.rounds[1]["clients_accuracy"]) == (
-        3,
-        None,
-        None,
-    )
+def test_tests_that_are_all_bad_end_the_run_which_can_be_resumed(tmp_path: Path, whole: Callable[..., str]) -> None:
+    said = end_of(tmp_path, Trouble(lambda reply: reply.content.clear(), (1, 2, 3), kind="evaluate"))
+    assert said == "round 2: no client could evaluate the model: its reply has the records [], not ['metrics']"
+    assert metrics_of(tmp_path)["status"] == "failed" and len(metrics_of(tmp_path)["rounds"]) == 2
+    assert resume(tmp_path) == whole()
 
 
 @pytest.mark.parametrize("retries", [0, 2])

@@ -1,0 +1,102 @@
+"""Whether two machines hold the same data set, by value: a fingerprint of it that fits into a message.
+
+A copy has the same fingerprint in every process, whatever holds the arrays and in whichever byte order. Floating-point
+numbers may differ in their last digits, for other numbers of threads add up in another order. Of these, random sums
+are compared as numbers, and of all else a digest: neither tells anyone a sample.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PARTS = "training samples", "training labels", "test samples", "test labels"
+LOOKED_AT = 4 * 2**20  # bytes of each part, spread over all of it; of a smaller part, everything
+SUMS = 8  # of the numbers of each part, with random signs (Achlioptas 2003, Database-friendly random projections)
+TOLERANCE = 1e-4  # of their size; float32 that were added up in another order differ by 1e-6
+MEANT = "; if it should hold a copy, copy the server's data anew"
+
+
+def fingerprint(data: Any) -> str:
+    """Return the fingerprint of `((x_train, y_train), (x_test, y_test))`, as a text of less than a kilobyte.
+
+    Raises ValueError where the parts hold Python objects that cannot be compared by value.
+    """
+    values = (part for split in data for part in split)
+    return json.dumps([_part(name, part) for name, part in zip(PARTS, values, strict=True)])
+
+
+def difference(data: str, server: str) -> str:
+    """Say in what the data with a fingerprint differ from the server's, "" if they are a copy."""
+    for name, (count, layout, *values), other in zip(PARTS, json.loads(data), json.loads(server), strict=True):
+        if count != other[0]:
+            return f"{count:,} {name}, the server {other[0]:,}"
+        if layout != other[1]:
+            return f"{name} of type {layout}, the server's {other[1]}{MEANT}"
+        if values[0] != other[2] or not _close(values[1], other[3]):
+            return f"as many {name} as the server, but others{MEANT}"
+    return ""
+
+
+def _close(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and np.allclose(one, other, rtol=0, atol=TOLERANCE * max(other, default=0.0))
+
+
+def _part(name: str, values: Any) -> tuple[int, str, str, list[float]]:
+    """Return how many samples there are, the type and shape of one, and a digest or random sums."""
+    some = _some_rows(name, values)
+    kind, named = some.dtype.kind, some.dtype.name
+    layout = f"{'text' if kind == 'U' else named} {some.shape[1:] or ''}".strip()
+    if kind not in "fcV":  # V: those that a package has added to NumPy
+        return len(values), layout, hashlib.sha256(_bytes(some)).hexdigest()[:16], []
+    numbers = some.astype(complex if kind == "c" else float).view(float).ravel()
+    return len(values), layout, "", _sums(np.nan_to_num(numbers, posinf=0.0, neginf=0.0))
+
+
+def _sums(numbers: NDArray[np.float64]) -> list[float]:
+    """Return the Euclidean norm of `numbers`, and their sums with random signs, each about as large."""
+    random = np.random.default_rng(0)
+    signs = (2 * random.integers(0, 2, numbers.size, np.int8) - 1 for _ in range(SUMS))
+    return [float(np.linalg.norm(numbers)), *(float(numbers @ each) for each in signs)]
+
+
+def _some_rows(name: str, values: Any) -> NDArray[Any]:
+    """Return all samples of a part, or so many that they have about LOOKED_AT bytes."""
+    if isinstance(values, list | tuple):
+        values = np.asarray(values)
+    size = max(1, _array(name, values[:1]).nbytes)
+    return _array(name, values[_spread(len(values), max(1, LOOKED_AT // size))])
+
+
+def _spread(count: int, most: int) -> NDArray[np.int64]:
+    """Return all of `count` row numbers, or `most` of them, always the same, in ascending order."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
+
+
+def _array(name: str, values: Any) -> NDArray[Any]:
+    """Return values, in an array of any framework or as Python's objects, as an array of NumPy's own types."""
+    if hasattr(values, "detach"):  # PyTorch; NumPy has no type for some of its numbers
+        values = values.detach().cpu()
+        values = values.float() if str(values.dtype).startswith(("torch.bfloat", "torch.float8")) else values
+    array = np.asarray(values)
+    if array.dtype.kind != "O":
+        return array
+    try:
+        array = np.asarray(array.tolist())
+    except ValueError:  # it holds arrays of different lengths
+        array = np.concatenate([np.ravel(one) for one in array.ravel().tolist()])
+    if array.dtype.kind == "O":
+        kind = type(array.ravel()[0]).__name__
+        raise ValueError(f"the {name} are Python objects of type {kind}, so that nobody can tell whether two machines "
+                         "have the same; load_data() should return numbers or text")  # fmt: skip
+    return array
+
+
+def _bytes(array: NDArray[Any]) -> bytes:
+    if array.dtype.kind == "U":  # padded to the longest text, in four bytes a letter
+        return "\0".join(array.ravel().tolist()).encode()
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
