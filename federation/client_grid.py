@@ -128,7 +128,7 @@ class ClientGrid(Grid):
         """Send each node that has nothing to answer its next batch."""
         busy = {batch.node for batch in self.sent.values()}
         batches = [queue.popleft() for node, queue in self.queued.items() if queue and node not in busy]
-        identities = self.grid.push_messages(map(self._wrap, batches)) if batches else []
+        identities = self.grid.push_messages([self._wrap(batch) for batch in batches]) if batches else []
         for identity, batch in zip(identities, batches, strict=True):
             if identity:
                 self.sent[identity] = batch
