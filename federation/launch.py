@@ -34,8 +34,8 @@ THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"
 
 
 def run_command(command: Callable[[], int]) -> None:
-    """Run a program and exit with its status, with 1 and one line if it fails, with 130 after Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run a program and exit with its status, with 1 and one line if it fails, with 130 after Ctrl-C, SIGTERM or SIGHUP."""
+    catch_signals()
     os.environ[FOLDER] = str(Path.cwd())
     name = Path(sys.argv[0]).name
     try:
@@ -43,8 +43,28 @@ def run_command(command: Callable[[], int]) -> None:
     except (LaunchError, ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+        say_stopped(name)
         sys.exit(130)
+
+
+def catch_signals() -> None:
+    """Take the signals that end a program for Ctrl-C; SIGINT is one of them even where a shell has it ignored, for `&`.
+
+    SIGHUP is what a closed terminal sends; nohup has it ignored, and that is left so.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+
+def say_stopped(name: str) -> None:
+    try:
+        print(f"{name}: stopped", file=sys.stderr)
+    except OSError:  # the terminal has been closed: whatever is still to be printed would change the exit status
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 # ----------------------------------------------------------------------------------------------------- the server

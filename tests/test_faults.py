@@ -64,11 +64,13 @@ def test_interrupted_server_keeps_its_results_and_leaves_nothing(terminals: Term
     assert_all_gone(terminals)
 
 
-def test_interrupted_server_before_the_first_round(terminals: Terminals) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])
+def test_interrupted_server_before_the_first_round(terminals: Terminals, stop: signal.Signals) -> None:
     _, server, _ = start(terminals, 0)
     server.wait_for("waiting for 2 clients")
-    server.interrupt()
+    server.process.send_signal(stop)
     assert server.wait(10) == 130
+    assert metrics_of(terminals.folder)["status"] == "failed"
     assert_all_gone(terminals)
 
 
