@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -299,8 +300,7 @@ def wait_for_server(server: Address, wait: float, tls: Path | None) -> None:
 @contextmanager
 def place_on_host() -> Iterator[tuple[str, Path]]:
     """Hold the lowest free place among the clients on this host: a name, the same after a restart, and a log file."""
-    folder = Path(tempfile.gettempdir()) / f"federation-clients-{os.getuid() if hasattr(os, 'getuid') else 0}"
-    folder.mkdir(exist_ok=True)
+    folder = private_folder()
     place = 0
     while True:
         try:
@@ -309,6 +309,35 @@ def place_on_host() -> Iterator[tuple[str, Path]]:
                 return
         except filelock.Timeout:
             place += 1
+
+
+def private_folder() -> Path:
+    """Make a folder for what the clients on this host keep, unless it exists, and return it.
+
+    Raises LaunchError where others could write to it: they could lead a client to overwrite a file of its user's.
+    """
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    if runtime.is_absolute() and is_private(runtime):
+        folder = runtime / "federation-clients"
+    else:
+        own = os.getuid() if hasattr(os, "getuid") else 0
+        folder = Path(tempfile.gettempdir()) / f"federation-clients-{own}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not is_private(folder):
+        raise LaunchError(f"{folder} is no folder of yours with mode 0700: remove it, or set TMPDIR to another folder")
+    return folder
+
+
+def is_private(folder: Path) -> bool:
+    """Tell whether this is a folder, no link to one, that belongs to this user and is closed to all others."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    if not hasattr(os, "getuid"):  # Windows: what is in a user's temporary folder is closed to others
+        return stat.S_ISDIR(found.st_mode)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 @functools.cache

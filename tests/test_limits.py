@@ -331,7 +331,9 @@ def test_a_crowd_of_strangers_changes_nothing_in_a_run(
     """Half of it comes from the address of the clients, and there are fewer descriptors than strangers."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
-    limits_of_server = f"ulimit -Hn 2048 && exec python {ROOT / 'server.py'} --address 127.0.0.1:{(port := free_port())}"
+    limits_of_server = (
+        f"ulimit -Hn 2048 && exec python {ROOT / 'server.py'} --address 127.0.0.1:{(port := free_port())}"
+    )
     options = f"--tls keys --task tiny --run-config '{as_text(SETTINGS).replace(chr(39), chr(34))}'"
     server = terminals.shell(f"ulimit -Sn 1024 && {limits_of_server} {options}", terminals.folder)
     server.wait_for("waiting for 2 clients", 120)
@@ -339,8 +341,9 @@ def test_a_crowd_of_strangers_changes_nothing_in_a_run(
     with crowd.around():
         eventually(lambda: "the server is under load" in server.text and crowd.closed > 1000, 60)
         members = [client(terminals, port, keys / name) for name in ("berlin", "paris")]
-        assert server.wait(300) == 0, server.text
+        server.wait_for("\n    2  ", 120)
         assert crowd.here > 1000
+        assert server.wait(300) == 0, server.text
     assert [member.wait(60) for member in members] == [0, 0], [member.text for member in members]
     assert server.text.count("the server is under load") == 1
     assert not any("lost the server" in member.text for member in members)
