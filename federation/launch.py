@@ -35,7 +35,7 @@ THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"
 
 
 def run_command(command: Callable[[], int]) -> None:
-    """Run a program and exit with its status, with 1 and one line if it fails, with 130 after Ctrl-C, SIGTERM or SIGHUP."""
+    """Run a program and exit with its status, with 1 and one line if it fails, 130 after Ctrl-C, SIGTERM or SIGHUP."""
     catch_signals()
     os.environ[FOLDER] = str(Path.cwd())
     name = Path(sys.argv[0]).name
@@ -262,16 +262,18 @@ def refused(server: Address, ours: Session, tls: Path | None, again: bool) -> No
 
     Flower has one answer for a key that it does not know, and for one whose client it takes for connected: for a minute
     after a kill, too. A client that came back within that minute would be there before the server has seen it go.
+    So nobody on this side can tell which of the two it is.
     """
     key = certificates.client_key(tls)
     if "Failed to activate" not in Path(ours.log.name).read_text("utf-8") or not key:
         why = "it wants to know its clients by their keys" if tls and not key else ours.last_error()
         raise LaunchError(f"the server at {shown(server)} turned this client away: {why}")
-    unknown = f"the server at {shown(server)} does not know {key}"
+    not_taken = f"the server at {shown(server)} does not take {key}"
     if again:
-        raise LaunchError(f"{unknown}: its folder clients needs the public one")
-    print(f"{unknown}, or has not noticed yet that an earlier process of this client was killed; "
-          f"trying once more in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
+        raise LaunchError(f"{not_taken}: either its folder clients lacks the public one, so copy that there; "
+                          "or another client with this key is connected, so give each a key of its own")  # fmt: skip
+    print(f"{not_taken}: it does not know it, or a client with this key is connected, or was until it was killed "
+          f"within the last minute; trying once more in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
     time.sleep(FORGOTTEN_AFTER)
 
 

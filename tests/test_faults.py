@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.conftest import Terminal, Terminals, eventually
-from tests.tasks import TINY
+from tests.tasks import TINY, held_by
 from tests.test_terminals import free_port
 
 pytestmark = pytest.mark.slow
@@ -96,6 +96,23 @@ def test_killed_client_is_left_out_and_gets_its_partition_back(terminals: Termin
     assert len(joined) == 3 and joined[2] in joined[:2], server.text
     rounds = metrics_of(terminals.folder)["rounds"]
     assert [(row["clients"], row["dropped"]) for row in rounds[1:]] == [(1, 1), (2, 0)]
+    assert_all_gone(terminals)
+
+
+def test_a_client_that_is_interrupted_has_left_and_nobody_speaks_of_heartbeats(terminals: Terminals) -> None:
+    hold = terminals.folder / "hold"
+    hold.touch()
+    (terminals.folder / "tiny.py").write_text(held_by(hold))
+    _, server, clients = start(terminals, 2, "--rounds", "1")
+    server.wait_for("client 1 joined")
+    eventually(lambda: len(named(terminals.processes(), "flwr-clientapp")) >= 2, 60)
+    clients[1].interrupt()
+    assert clients[1].wait(10) == 130
+    server.wait_for(") is left out: it has left", 20)
+    hold.unlink()
+    assert server.wait(60) == 0 and clients[0].wait(30) == 0
+    assert "heartbeat" not in server.text
+    assert [(row["clients"], row["dropped"]) for row in metrics_of(terminals.folder)["rounds"][1:]] == [(1, 1)]
     assert_all_gone(terminals)
 
 
