@@ -75,10 +75,10 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, connections: Connections, *, app_state: dict[str, Any], **settings: Any) -> None:
         self.connections = connections
-        self.http = AutoHTTPProtocol(app_state=app_state | {"connection": self}, **settings)  # type: ignore[call-arg]
-        self.transport = asyncio.Transport()
+        self.settings = settings | {"app_state": app_state | {"connection": self}}
+        self.http: asyncio.Protocol | None = None  # once TLS, if there is any, has been settled
+        self.transport: asyncio.Transport | None = None  # until it has been closed
         self.address, self.early = "", b""
-        self.served = False  # whether TLS, if there is any, has been settled
         self.requests = 0  # that are being answered
         self.head_size = 0
         self.timer: asyncio.TimerHandle | None = None
@@ -86,20 +86,20 @@ class Connection(asyncio.Protocol):
     # ---------------------------------------------------------------------------------------------------- as a protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.address = str((transport.get_extra_info("peername") or ("",))[0])
+        plain = self.transport = cast(asyncio.Transport, transport)
+        self.address = str((plain.get_extra_info("peername") or ("",))[0])
         self.connections.add(self)
         if self.connections.tls:
-            self.transport.pause_reading()
-            self.handshake = asyncio.get_running_loop().create_task(self.secure(self.connections.tls))
+            plain.pause_reading()
+            self.handshake = asyncio.get_running_loop().create_task(self.secure(plain, self.connections.tls))
         else:
-            self.serve(self.transport)
+            self.serve(plain)
 
-    async def secure(self, tls: ssl.SSLContext) -> None:
+    async def secure(self, plain: asyncio.Transport, tls: ssl.SSLContext) -> None:
         """Settle TLS, or close the connection."""
         try:
             transport = await asyncio.get_running_loop().start_tls(
-                self.transport, self, tls, server_side=True, ssl_handshake_timeout=HANDSHAKE
+                plain, self, tls, server_side=True, ssl_handshake_timeout=HANDSHAKE
             )
         except OSError:
             self.abort()
@@ -108,14 +108,15 @@ class Connection(asyncio.Protocol):
             self.serve(transport)
 
     def serve(self, transport: asyncio.Transport) -> None:
-        self.transport, self.served = transport, True
+        self.transport = transport
+        self.http = AutoHTTPProtocol(**self.settings)
         self.http.connection_made(transport)
         self.expect_head()
         if self.early:
             self.data_received(self.early)
 
     def data_received(self, data: bytes) -> None:
-        if not self.served:  # asyncio passes on what came with the handshake before it says that this is settled
+        if not self.http:  # asyncio passes on what came with the handshake before it says that this is settled
             self.early += data
             return
         if not self.requests:
@@ -127,18 +128,22 @@ class Connection(asyncio.Protocol):
             self.http.data_received(data)
 
     def eof_received(self) -> bool | None:
-        return self.http.eof_received() if self.served else None
+        return self.http.eof_received() if self.http else None
 
     def connection_lost(self, error: Exception | None) -> None:
         self.forget()
-        if self.served:
+        if self.http:
             self.http.connection_lost(error)
+        self.http = self.transport = None  # which refer to this one: the garbage collector would come late
+        self.settings.clear()
 
     def pause_writing(self) -> None:
-        self.http.pause_writing()
+        if self.http:
+            self.http.pause_writing()
 
     def resume_writing(self) -> None:
-        self.http.resume_writing()
+        if self.http:
+            self.http.resume_writing()
 
     # --------------------------------------------------------------------------------------------------- and its limits
 
@@ -168,7 +173,9 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Close the connection at once."""
         self.forget()
-        self.transport.abort()
+        if self.transport:
+            self.transport.abort()
+            self.transport = None
 
 
 class Limited:
