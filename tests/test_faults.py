@@ -101,9 +101,11 @@ def test_killed_client_is_left_out_and_gets_its_partition_back(terminals: Termin
 
 def test_a_client_that_is_interrupted_has_left_and_nobody_speaks_of_heartbeats(terminals: Terminals) -> None:
     hold = terminals.folder / "hold"
-    hold.touch()
     (terminals.folder / "tiny.py").write_text(held_by(hold))
-    _, server, clients = start(terminals, 2, "--rounds", "1")
+    address, server, _ = start(terminals, 0, "--rounds", "1")
+    server.wait_for("waiting for 2 clients")  # it has tried the task before
+    hold.touch()
+    clients = [terminals.open("client.py", "--server", address) for _ in range(2)]
     server.wait_for("client 1 joined")
     eventually(lambda: len(named(terminals.processes(), "flwr-clientapp")) >= 2, 60)
     clients[1].interrupt()
