@@ -21,6 +21,7 @@ from federation.console import CONTROL, PREFIX
 from federation.guard import MARK
 from federation.network import LaunchError
 
+SIGN_OFF = 5  # seconds; it takes less than one, but where the machine is busy
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -88,7 +89,7 @@ class Session:
             return self.popen(*command, pass_fds=[listener.fileno()]) if self.warm else None
 
     def stop(self) -> None:
-        """End all processes. Only a SuperNode is given time, a second, to sign off, so that no server waits for it."""
+        """End all processes. Only a SuperNode is given time to sign off, so that no server waits for it."""
         with self.lock:
             self.warm = False
         for process in self.processes:
@@ -96,7 +97,7 @@ class Session:
         for process in self.processes:
             if "flower-supernode" in str(process.args):
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(1)
+                    process.wait(SIGN_OFF)
         guard.kill_all(self.home.name)
         if self.keeper:
             self.keeper.join(5)
