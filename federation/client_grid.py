@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from federation import bundle, packing, partition, weights
 from federation.agreement import disagreement
 from federation.console import reason, say, tell
-from federation.roster import POLL, Client, Roster
+from federation.roster import POLL, Client, Roster, from_nobody
 from federation.strategy import check_reply
 
 PRESENCE = 2.0  # seconds between two looks at who is still there
@@ -169,6 +169,9 @@ class ClientGrid(Grid):
     def _pull(self, ids: list[str]) -> dict[str, Message]:
         for reply in self.grid.pull_messages([*self.sent]) if self.sent else ():
             batch = self.sent.pop(reply.metadata.reply_to_message_id)
+            if from_nobody(reply):
+                self.lost |= batch.questions.keys()
+                continue
             self.replies |= zip(batch.questions, _unwrap(reply, batch), strict=True)
         self._send_queued()
         return {identity: self.replies.pop(identity) for identity in ids if identity in self.replies}

@@ -9,12 +9,13 @@ import json
 import os
 import re
 from collections.abc import Callable
-from typing import Any
-
-from flwr.app import Context
-from flwr.serverapp import Grid
+from typing import TYPE_CHECKING, Any
 
 from federation.guard import MARK
+
+if TYPE_CHECKING:  # the gate need not wait for Flower
+    from flwr.app import Context
+    from flwr.serverapp import Grid
 
 PREFIX = "federation: "
 CONTROL = "federation# "
@@ -40,11 +41,11 @@ def reason(error: object) -> str:
     return re.sub(r"^.*ClientAppException occurred\. Message: ", "", text) or repr(error)
 
 
-def explained_run(function: Callable[[Grid, Context], None]) -> Callable[[Grid, Context], None]:
+def explained_run(function: "Callable[[Grid, Context], None]") -> "Callable[[Grid, Context], None]":
     """Make a server's main tell how the run ended, and say in one line why it failed."""
 
     @functools.wraps(function)
-    def wrapper(grid: Grid, context: Context) -> None:
+    def wrapper(grid: "Grid", context: "Context") -> None:
         try:
             function(grid, context)
         except Exception as error:

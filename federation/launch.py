@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -34,8 +35,8 @@ THREADS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"
 
 
 def run_command(command: Callable[[], int]) -> None:
-    """Run a program and exit with its status, with 1 and one line if it fails, with 130 after Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run a program and exit with its status, with 1 and one line if it fails, 130 after Ctrl-C, SIGTERM or SIGHUP."""
+    catch_signals()
     os.environ[FOLDER] = str(Path.cwd())
     name = Path(sys.argv[0]).name
     try:
@@ -43,8 +44,28 @@ def run_command(command: Callable[[], int]) -> None:
     except (LaunchError, ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+        say_stopped(name)
         sys.exit(130)
+
+
+def catch_signals() -> None:
+    """Take the signals that end a program for Ctrl-C; SIGINT is one of them even where a shell has it ignored, for `&`.
+
+    SIGHUP is what a closed terminal sends; nohup has it ignored, and that is left so.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+
+def say_stopped(name: str) -> None:
+    try:
+        print(f"{name}: stopped", file=sys.stderr)
+    except OSError:  # the terminal has been closed: whatever is still to be printed would change the exit status
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
 
 
 # ----------------------------------------------------------------------------------------------------- the server
@@ -124,10 +145,10 @@ def start_gate(
     ours: Session, address: Address, superlink: Address, superlink_ca: Path | None, tls: Path | None
 ) -> None:
     """Open the server to clients: what they may ask of the SuperLink, and no more."""
-    command = [sys.executable, "-P", str(ROOT / "federation" / "gate.py"), address[0], str(address[1])]
+    command = [sys.executable, "-m", "federation.gate", address[0], str(address[1])]
     command += [f"http{'s' * bool(superlink_ca)}://{shown(superlink)}"]
     command += ["--superlink-ca", str(superlink_ca)] if superlink_ca else []
-    gate = ours.start(*command, *(["--tls", str(tls)] if tls else []))
+    gate = ours.start(*command, *(["--tls", str(tls)] if tls else []), cwd=ROOT)
     await_server(ours, gate, address, tls and tls / "ca.crt", "the gate")
 
 
@@ -241,16 +262,18 @@ def refused(server: Address, ours: Session, tls: Path | None, again: bool) -> No
 
     Flower has one answer for a key that it does not know, and for one whose client it takes for connected: for a minute
     after a kill, too. A client that came back within that minute would be there before the server has seen it go.
+    So nobody on this side can tell which of the two it is.
     """
     key = certificates.client_key(tls)
     if "Failed to activate" not in Path(ours.log.name).read_text("utf-8") or not key:
         why = "it wants to know its clients by their keys" if tls and not key else ours.last_error()
         raise LaunchError(f"the server at {shown(server)} turned this client away: {why}")
-    unknown = f"the server at {shown(server)} does not know {key}"
+    not_taken = f"the server at {shown(server)} does not take {key}"
     if again:
-        raise LaunchError(f"{unknown}: its folder clients needs the public one")
-    print(f"{unknown}, or has not noticed yet that an earlier process of this client was killed; "
-          f"trying once more in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
+        raise LaunchError(f"{not_taken}: either its folder clients lacks the public one, so copy that there; "
+                          "or another client with this key is connected, so give each a key of its own")  # fmt: skip
+    print(f"{not_taken}: it does not know it, or a client with this key is connected, or was until it was killed "
+          f"within the last minute; trying once more in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
     time.sleep(FORGOTTEN_AFTER)
 
 
@@ -279,8 +302,7 @@ def wait_for_server(server: Address, wait: float, tls: Path | None) -> None:
 @contextmanager
 def place_on_host() -> Iterator[tuple[str, Path]]:
     """Hold the lowest free place among the clients on this host: a name, the same after a restart, and a log file."""
-    folder = Path(tempfile.gettempdir()) / f"federation-clients-{os.getuid() if hasattr(os, 'getuid') else 0}"
-    folder.mkdir(exist_ok=True)
+    folder = private_folder()
     place = 0
     while True:
         try:
@@ -289,6 +311,35 @@ def place_on_host() -> Iterator[tuple[str, Path]]:
                 return
         except filelock.Timeout:
             place += 1
+
+
+def private_folder() -> Path:
+    """Make a folder for what the clients on this host keep, unless it exists, and return it.
+
+    Raises LaunchError where others could write to it: they could lead a client to overwrite a file of its user's.
+    """
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    if runtime.is_absolute() and is_private(runtime):
+        folder = runtime / "federation-clients"
+    else:
+        own = os.getuid() if hasattr(os, "getuid") else 0
+        folder = Path(tempfile.gettempdir()) / f"federation-clients-{own}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not is_private(folder):
+        raise LaunchError(f"{folder} is no folder of yours with mode 0700: remove it, or set TMPDIR to another folder")
+    return folder
+
+
+def is_private(folder: Path) -> bool:
+    """Tell whether this is a folder, no link to one, that belongs to this user and is closed to all others."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    if not hasattr(os, "getuid"):  # Windows: what is in a user's temporary folder is closed to others
+        return stat.S_ISDIR(found.st_mode)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 @functools.cache

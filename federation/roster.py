@@ -17,6 +17,7 @@ from federation.sources import compared, digest
 from federation.task import load_task
 
 POLL = 0.1  # seconds between two looks for replies
+NODE_UNAVAILABLE = 5  # the code of Flower's reply in the place of a node that has gone
 JOIN_TIMEOUT = 120  # seconds that a round waits for nodes that are joining: who takes longer joins a later one
 JOIN_SCHEMA = {  # what a node says of itself, by type
     "name": str, "key": str, "clients": int, "partition-id": int, "num-partitions": int, "flwr": str, "files": list,
@@ -112,7 +113,8 @@ class Roster:
     def admit(self, node: int, reply: Message) -> None:
         """Give the clients of a new node their partitions, or send it away."""
         if reply.has_error():
-            say(f"a client could not join: {reason(reply.error.reason)}")
+            why = "it has left" if from_nobody(reply) else reason(reply.error.reason)
+            say(f"a client could not join: {why}")
             return
         facts: dict[str, Any] = dict(reply.content.config_records.get("client") or {})
         if {key: type(value) for key, value in facts.items()} != JOIN_SCHEMA:
@@ -247,6 +249,11 @@ class Roster:
 def _is_simulated(facts: dict[str, Any]) -> bool:
     """Tell whether a node is of Flower's Simulation Engine: it has a partition, but client.py has not started it."""
     return bool(facts["clients"] == 0 and facts["num-partitions"] > 0)
+
+
+def from_nobody(reply: Message) -> bool:
+    """Tell whether a reply says no more than that its node has gone: Flower speaks of heartbeats, even after Ctrl-C."""
+    return reply.has_error() and reply.error.code == NODE_UNAVAILABLE
 
 
 def check_version(theirs: str) -> None:

@@ -19,19 +19,21 @@ from tqdm import tqdm
 from federation import guard, warm
 from federation.console import CONTROL, PREFIX
 from federation.guard import MARK
+from federation.network import LaunchError
 
+SIGN_OFF = 5  # seconds; it takes less than one, but where the machine is busy
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Session:
     """The processes of one server or client, their private FLWR_HOME and their log."""
 
-    def __init__(self, home: Path, log: Path, environment: dict[str, str], warm_starts: bool) -> None:
+    def __init__(self, home: Path, log: IO[str], environment: dict[str, str], warm_starts: bool) -> None:
         self.home, self.warm_starts = home, warm_starts
         self.lock, self.warm = Lock(), False  # whether there is to be a fork server
         self.keeper: Thread | None = None  # who sees to that
         self.processes: list[subprocess.Popen[str]] = []
-        self.log = log.open("w+", encoding="utf-8", buffering=1)
+        self.log = log
         self.log.write("" if warm_starts else "Flower's commands start in the usual way: nothing is forked here\n")
         self.environment = os.environ | environment | {
             MARK: home.name,
@@ -49,10 +51,10 @@ class Session:
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves nothing to a second client, or the server
         }  # fmt: skip
 
-    def start(self, *command: str) -> "subprocess.Popen[str]":
+    def start(self, *command: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
         """Start a command whose output goes to the log, but for the lines that are for people."""
         self.warm_up()
-        process = self.popen(*command)
+        process = self.popen(*command, cwd=cwd)
         self.processes.append(process)
         return process
 
@@ -87,7 +89,7 @@ class Session:
             return self.popen(*command, pass_fds=[listener.fileno()]) if self.warm else None
 
     def stop(self) -> None:
-        """End all processes. Only a SuperNode is given time, a second, to sign off, so that no server waits for it."""
+        """End all processes. Only a SuperNode is given time to sign off, so that no server waits for it."""
         with self.lock:
             self.warm = False
         for process in self.processes:
@@ -95,7 +97,7 @@ class Session:
         for process in self.processes:
             if "flower-supernode" in str(process.args):
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(1)
+                    process.wait(SIGN_OFF)
         guard.kill_all(self.home.name)
         if self.keeper:
             self.keeper.join(5)
@@ -112,16 +114,30 @@ class Session:
         return f"{(errors or lines or ['it printed nothing'])[-1]} (all is in {self.log.name})"
 
 
+def open_private(log: Path) -> IO[str]:
+    """Open a log that only its owner reads. Raises LaunchError where it is a link: it may lead to any file."""
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+
+    try:
+        return open(log, "w+", encoding="utf-8", buffering=1, opener=opener)
+    except OSError as error:
+        why = "it is a symbolic link" if log.is_symlink() else error.strerror
+        raise LaunchError(f"cannot open the log {log}: {why}; remove it") from None
+
+
 @contextmanager
 def session(log: Path, environment: dict[str, str] | None = None, warm_starts: bool = True) -> Iterator[Session]:
     """Open a Session; when it closes, every process of it is dead and its FLWR_HOME is gone."""
+    opened = open_private(log)
     short = len(tempfile.gettempdir()) < 20 or os.name == "nt"  # Ray puts sockets in it: their paths may have 107 bytes
     home = Path(tempfile.mkdtemp(prefix="federation-", dir=None if short else "/tmp"))
     guardian = subprocess.Popen(
         [sys.executable, "-P", guard.__file__, str(home)], stdin=subprocess.PIPE, start_new_session=True,
         env={key: value for key, value in os.environ.items() if key != MARK},  # no other guard's business
     )  # fmt: skip
-    ours = Session(home, log, environment or {}, warm_starts and warm.SUPPORTED)
+    ours = Session(home, opened, environment or {}, warm_starts and warm.SUPPORTED)
     try:
         ours.warm_up()
         yield ours

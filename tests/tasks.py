@@ -35,6 +35,15 @@ def test(net, data):
     return F.cross_entropy(logits, data[1]).item(), (logits.argmax(1) == data[1]).float().mean().item()
 """
 
+
+def held_by(path: Path) -> str:
+    """Return the tiny task, whose training waits for as long as there is a file at `path`."""
+    wait = f"    while os.path.exists({str(path)!r}):\n        time.sleep(0.1)\n"
+    start = "    for epoch in range(epochs):\n"
+    assert start in TINY
+    return "import os, time\n" + TINY.replace(start, wait + start)
+
+
 # A user's own: with its data and a helper beside it, and with what is easily lost on the way.
 OWN = """
 from pathlib import Path

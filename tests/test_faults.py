@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.conftest import Terminal, Terminals, eventually
-from tests.tasks import TINY
+from tests.tasks import TINY, held_by
 from tests.test_terminals import free_port
 
 pytestmark = pytest.mark.slow
@@ -64,11 +64,13 @@ def test_interrupted_server_keeps_its_results_and_leaves_nothing(terminals: Term
     assert_all_gone(terminals)
 
 
-def test_interrupted_server_before_the_first_round(terminals: Terminals) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])
+def test_interrupted_server_before_the_first_round(terminals: Terminals, stop: signal.Signals) -> None:
     _, server, _ = start(terminals, 0)
     server.wait_for("waiting for 2 clients")
-    server.interrupt()
+    server.process.send_signal(stop)
     assert server.wait(10) == 130
+    assert metrics_of(terminals.folder)["status"] == "failed"
     assert_all_gone(terminals)
 
 
@@ -94,6 +96,24 @@ def test_killed_client_is_left_out_and_gets_its_partition_back(terminals: Termin
     assert len(joined) == 3 and joined[2] in joined[:2], server.text
     rounds = metrics_of(terminals.folder)["rounds"]
     assert [(row["clients"], row["dropped"]) for row in rounds[1:]] == [(1, 1), (2, 0)]
+    assert_all_gone(terminals)
+
+
+def test_a_client_that_is_interrupted_has_left_and_nobody_speaks_of_heartbeats(terminals: Terminals) -> None:
+    hold = terminals.folder / "hold"
+    (terminals.folder / "tiny.py").write_text(held_by(hold))
+    address, server, _ = start(terminals, 0, "--rounds", "1")
+    server.wait_for("waiting for 2 clients")  # it has tried the task before
+    hold.touch()
+    clients = [terminals.open("client.py", "--server", address) for _ in range(2)]
+    server.wait_for("client 1 joined")
+    eventually(lambda: len(named(terminals.processes(), "flwr-clientapp")) >= 2, 60)
+    clients[1].interrupt()
+    assert clients[1].wait(10) == 130
+    hold.unlink()
+    assert server.wait(60) == 0 and clients[0].wait(30) == 0
+    assert ") is left out: it has left" in server.text and "heartbeat" not in server.text
+    assert [(row["clients"], row["dropped"]) for row in metrics_of(terminals.folder)["rounds"][1:]] == [(1, 1)]
     assert_all_gone(terminals)
 
 

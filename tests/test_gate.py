@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 import federation.gate
 from federation import launch
 from federation.certificates import make_authority, make_server
-from federation.gate import NOT_YET, gate
+from federation.gate import NOT_YET, gate, served
+from federation.limits import Connections
 from federation.network import LaunchError, free_port, is_up
 from federation.session import session
 from tests.conftest import eventually
@@ -76,19 +77,34 @@ def serving(app: Any, tls: Path | None = None) -> Iterator[int]:
     """Serve an app in a thread; yield its port."""
     secure = {"ssl_certfile": tls / "server.crt", "ssl_keyfile": tls / "server.key"} if tls else {}
     config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, date_header=True, **secure)  # type: ignore[arg-type]
-    server = uvicorn.Server(config)
+    with running(uvicorn.Server(config)) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def gate_before(url: str, ca: Path | None = None, connections: Connections | None = None) -> Iterator[int]:
+    """Serve a gate as its process does, in a thread; yield its port."""
+    config = served(gate(url, ca), connections or Connections(most=1000), "127.0.0.1", 0)
+    with running(uvicorn.Server(config)) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def running(server: uvicorn.Server) -> Iterator[int]:
     thread = Thread(target=server.run)
     thread.start()
     eventually(lambda: server.started, 10)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = server.force_exit = True
-    thread.join()
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Upstream, int]]:
     upstream = Upstream()
-    with serving(upstream) as port, serving(gate(f"http://127.0.0.1:{port}")) as front:
+    with serving(upstream) as port, gate_before(f"http://127.0.0.1:{port}") as front:
         yield upstream, front
 
 
@@ -381,7 +397,7 @@ def test_those_who_never_finish_a_request_keep_nobody_out(upstream: Upstream, po
 
 
 def test_a_superlink_that_is_down_is_told_from_a_call_that_is_not_there() -> None:
-    with serving(gate(f"http://127.0.0.1:{free_port()}")) as port:
+    with gate_before(f"http://127.0.0.1:{free_port()}") as port:
         assert ask(port, "POST", CALL, b"question")[::2] == (502, b"the SuperLink does not answer")
         assert ask(port, "GET", "/health")[0] == 502
         assert ask(port, "POST", "/v1/control/start-run")[0] == 404
@@ -396,7 +412,7 @@ def test_a_superlink_is_asked_only_if_its_certificate_is_of_the_right_authority(
     upstream = Upstream()
     with (
         serving(upstream, tmp_path / "keys") as behind,
-        serving(gate(f"https://127.0.0.1:{behind}", tmp_path / authority / "ca.crt")) as port,
+        gate_before(f"https://127.0.0.1:{behind}", tmp_path / authority / "ca.crt") as port,
     ):
         assert ask(port, "POST", CALL, b"question")[0] == (200 if authority == "keys" else 502)
     assert [request.body for request in upstream.seen] == [b"question"] * (authority == "keys")

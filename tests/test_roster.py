@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -402,6 +403,24 @@ def test_a_client_that_fails_to_join_is_named_and_left_alone(clock: Clock, capsy
     ours.roster.wait_for(1)
     assert places(ours) == {2: 0}
     assert "a client could not join: no such data" in capsys.readouterr().out
+
+
+def test_a_node_that_has_gone_has_left_however_flower_puts_it(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """The SuperLink replies in its place: that it has failed to report a heartbeat, even if it has signed off."""
+    assert roster.NODE_UNAVAILABLE == ErrorCode.NODE_UNAVAILABLE
+    gone, early = FakeClient(1, "a/0"), FakeClient(3, "c/0")
+    ours, _ = federation(clock, gone, FakeClient(2, "b/0"), early, count=2)
+
+    def unavailable(message: Message) -> Message:
+        return Message(Error(ErrorCode.NODE_UNAVAILABLE, "failed to report a heartbeat"), reply_to=message)
+
+    early.answer = unavailable  # type: ignore[method-assign]
+    ours.roster.wait_for(2)
+    gone.answer = unavailable  # type: ignore[method-assign]
+    assert train(ours) == [1]
+    said = capsys.readouterr().out
+    assert "a client could not join: it has left" in said and "client 0 (a/0) is left out: it has left" in said
+    assert "heartbeat" not in said
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pytest
 
 from federation.certificates import make_authority, make_client, make_server
 from tests.conftest import ROOT, Terminal, Terminals, eventually
-from tests.tasks import TINY
+from tests.tasks import TINY, held_by
 from tests.test_faults import assert_all_gone, metrics_of, named
 from tests.test_killed import SETTINGS, as_text, one_thread, undisturbed
 from tests.test_terminals import free_port
@@ -98,6 +98,8 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
     (keyless := tmp_path / "keyless").mkdir()
     shutil.copy(keys / "ca.crt", keyless)
     shutil.copytree(keys, tmp_path / "expired")
+    berlin = client(terminals, port, keys / "berlin")
+    server.wait_for("client 0 joined")
     with expired_server(tmp_path / "expired") as expired:
         started = time.monotonic()
         refused = {
@@ -105,22 +107,23 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
             "cannot be trusted: unable to get local issuer certificate": client(terminals, port, rogue / "mallory"),
             "cannot be trusted: certificate has expired": client(terminals, expired, keys / "berlin"),
             "cannot be trusted: IP address mismatch": client(terminals, port, keys / "berlin", "127.0.0.2"),
-            f"does not know {unknown}/client.key": client(terminals, port, unknown),
+            f"does not take {unknown}/client.key: either": client(terminals, port, unknown),
+            f"does not take {keys}/berlin/client.key: either": client(terminals, port, keys / "berlin"),
             "wants to know its clients by their keys": client(terminals, port, keyless),
         }
         for reason, stranger in refused.items():
-            assert stranger.wait(120) == 1, stranger.text
+            assert stranger.wait(120) == 1, reason + stranger.text
             assert reason in stranger.text.splitlines()[-1] and "Traceback" not in stranger.text
             assert sum("client.py:" in line for line in stranger.text.splitlines()) == 1
         print(f"the last of {len(refused)} strangers was refused after {time.monotonic() - started:.0f} s")
     knock(port, keys / "ca.crt")
 
-    members = [client(terminals, port, keys / name) for name in ("berlin", "paris", "rome")]
+    members = [berlin] + [client(terminals, port, keys / name) for name in ("paris", "rome")]
     server.wait_for("\n    1  ", 300)
     hold.touch()  # or the run would be over before rome has tried to come back
     (keys / "clients" / "rome.pub").unlink()
     server.wait_for("2 keys may join", 60)
-    members[2].wait_for(", or has not noticed", 120)
+    members[2].wait_for(f"does not take {keys}/rome/client.key: it does not know it, or", 120)
     hold.unlink()
     assert server.wait(400) == 0, server.text
     assert [member.wait(60) for member in members[:2]] == [0, 0]
@@ -129,14 +132,6 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
     rounds = metrics_of(terminals.folder)["rounds"]
     assert rounds[1]["clients"] == 3 and rounds[-1]["clients"] == 2
     assert_all_gone(terminals)
-
-
-def held_by(path: Path) -> str:
-    """Return the tiny task, whose training waits for as long as there is a file at `path`."""
-    wait = f"    while os.path.exists({str(path)!r}):\n        time.sleep(0.1)\n"
-    start = "    for epoch in range(epochs):\n"
-    assert start in TINY
-    return "import os, time\n" + TINY.replace(start, wait + start)
 
 
 def client(terminals: Terminals, port: int, tls: Path | None = None, host: str = "127.0.0.1") -> Terminal:
@@ -180,10 +175,10 @@ def test_neither_noise_nor_a_client_that_is_killed_and_comes_back_disturbs_a_run
     victim.process.kill()
     eventually(lambda: len(named(terminals.processes(), "flower-supernode")) == 1, 10)
     back = client(terminals, port, keys / ("berlin" if victim is members[0] else "paris"))
-    back.wait_for("an earlier process of this client was killed", 60)
+    back.wait_for("or was until it was killed within the last minute", 60)
     noise = Noise(port)
     noise.check_nothing_grows(
-        named(terminals.processes(), "gate.py") + named(terminals.processes(), "flower-superlink")
+        named(terminals.processes(), "federation.gate") + named(terminals.processes(), "flower-superlink")
     )
     with noise.going_on():
         server.wait_for("waiting for 2 clients, 1 here", 200)

@@ -1,0 +1,72 @@
+"""How the commands end by a signal, whoever has started them and how."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPT = """
+import sys
+from federation.launch import run_command
+
+def command():
+    try:
+        print("working", flush=True)
+        for line in sys.stdin:
+            print(line, end="", flush=True)
+        return 0
+    finally:
+        open("cleaned", "w").close()
+
+run_command(command)
+"""
+
+
+def start(folder: Path, ignored: signal.Signals | None = None, terminal: int | None = None) -> "subprocess.Popen[str]":
+    """Start a command that repeats what it reads, with a signal ignored, as a shell or nohup does, or in a terminal."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = subprocess.PIPE if terminal is None else terminal
+
+    def prepare() -> None:
+        if ignored:
+            signal.signal(ignored, signal.SIG_IGN)
+        if terminal is not None:
+            os.close(os.open(os.ttyname(terminal), os.O_RDWR))  # it controls the session from now on
+
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], cwd=folder, env=environment, stdout=output, stderr=output, text=True,
+        stdin=subprocess.PIPE, start_new_session=True, preexec_fn=prepare,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, None], ids=["in the background", "in the foreground"])
+def test_ctrl_c_ends_a_command_wherever_the_shell_has_started_it(tmp_path: Path, ignored: signal.Signals) -> None:
+    process = start(tmp_path, ignored)
+    assert process.stdout and process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (130, "-c: stopped\n")
+
+
+def test_a_closed_terminal_ends_a_command_in_order(tmp_path: Path) -> None:
+    near, far = pty.openpty()
+    process = start(tmp_path, terminal=far)
+    os.close(far)
+    assert os.read(near, 100).startswith(b"working")
+    os.close(near)
+    assert process.wait(10) == 130
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    process = start(tmp_path, signal.SIGHUP)
+    assert process.stdout and process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate("still here\n", timeout=10) == ("still here\n", "")
+    assert process.returncode == 0
