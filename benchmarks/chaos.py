@@ -31,8 +31,8 @@ import cifar
 import client
 import server
 from cifar import Data, Net, find_data, test, train
-from federation.config import Settings
-from federation.packing import unpack
+from federation.app.config import Settings
+from federation.app.packing import unpack
 from tests.in_memory import InMemoryGrid, in_a_run
 
 __all__ = ["Net", "find_data", "load_data", "test", "train"]

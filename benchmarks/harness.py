@@ -13,9 +13,8 @@ from threading import Thread
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from federation import launch as launch  # also for the benchmarks, which have no path to it before this
-from federation.network import LaunchError, free_port, is_up
-from federation.session import ROOT, Session, relay, session
+from federation.launch.network import LaunchError, free_port, is_up
+from federation.launch.process_group import ROOT, ProcessGroup, process_group, relay
 
 Result = dict[str, Any]
 
@@ -86,13 +85,13 @@ def run_app(app: Path, config: dict[str, object], *, simulate: int = 0, supernod
 
 
 @contextmanager
-def engine(name: str, simulation: bool, supernodes: int) -> Iterator[Session]:
+def engine(name: str, simulation: bool, supernodes: int) -> Iterator[ProcessGroup]:
     """Start a SuperLink, which `flwr run` knows as "ours", and SuperNodes, each in a session of its own."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     host, port = "127.0.0.1", free_port()
     address = f"{host}:{port}"
     with ExitStack() as stack:
-        ours = stack.enter_context(session(FOLDER / f"{name}.txt", warm_starts=False))
+        ours = stack.enter_context(process_group(FOLDER / f"{name}.txt", warm_starts=False))
         (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
         superlink = start(
             ours, "flower-superlink", "--insecure", "--host", host, "--port", str(port),
@@ -103,12 +102,12 @@ def engine(name: str, simulation: bool, supernodes: int) -> Iterator[Session]:
                 raise LaunchError(f"the SuperLink did not start: {ours.last_error()}")
             time.sleep(0.1)
         for number in range(supernodes):
-            apart = stack.enter_context(session(FOLDER / f"{name}-{number}.txt", warm_starts=False))
+            apart = stack.enter_context(process_group(FOLDER / f"{name}-{number}.txt", warm_starts=False))
             start(apart, "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()))
         yield ours
 
 
-def start(ours: Session, *command: str) -> "subprocess.Popen[str]":
+def start(ours: ProcessGroup, *command: str) -> "subprocess.Popen[str]":
     process = ours.start(*command)
     Thread(target=relay, args=(process, ours.log), daemon=True).start()
     return process

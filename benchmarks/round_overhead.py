@@ -14,7 +14,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from harness import federate, launch, run_app
+from harness import federate, run_app
 
 import cifar
 
@@ -56,4 +56,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    launch.run_command(command)
+    command.run_command(command)

@@ -34,7 +34,7 @@ import psutil
 from harness import FOLDER, ROOT, LaunchError, session, start
 
 import cifar
-from federation import launch
+from federation.launch.command import run_command
 
 PEERS = Path(__file__).resolve().parent / "peers"
 SIDES = ("plain", "pfl", "nvflare", "ours")
@@ -199,4 +199,4 @@ def benchmark() -> int:
 
 
 if __name__ == "__main__":
-    launch.run_command(benchmark)
+    run_command(benchmark)

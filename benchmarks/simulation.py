@@ -18,7 +18,7 @@ import statistics
 import time
 from pathlib import Path
 
-from harness import federate, launch, run_app
+from harness import federate, run_app
 
 import cifar
 
@@ -66,4 +66,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    launch.run_command(command)
+    command.run_command(command)

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 
-from harness import LaunchError, federate, launch, programs, wait_for
+from harness import LaunchError, federate, programs, wait_for
 
 import cifar
 
@@ -99,4 +99,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    launch.run_command(command)
+    command.run_command(command)

@@ -16,7 +16,7 @@ import statistics
 import time
 from pathlib import Path
 
-from harness import FOLDER, ROOT, LaunchError, free_port, launch, programs, wait_for
+from harness import FOLDER, ROOT, LaunchError, free_port, programs, wait_for
 
 import cifar
 
@@ -62,4 +62,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    launch.run_command(command)
+    command.run_command(command)

@@ -11,10 +11,10 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 import client
-from federation import bundle
-from federation.config import Settings
-from federation.packing import unpack
-from federation.task import open_data
+from federation.app import bundle
+from federation.app.config import Settings
+from federation.app.packing import unpack
+from federation.app.task import open_data
 
 
 class InMemoryGrid(Grid):

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from federation import admission
-from federation.admission import Register
+from federation.launch import key_registry
+from federation.launch.key_registry import KeyRegistry
 
 FLWR = """#!/bin/sh
 # Registers a key ending in a number as the node of that number, as Flower does: by what the file says, not its name.
@@ -38,7 +38,7 @@ class Played:
         (root / "bin" / "flwr").chmod(stat.S_IRWXU)
         path = f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "CALLS": str(self.calls), "DOWN": str(self.down)}
-        self.register = Register(SimpleNamespace(environment=environment), self.folder)  # type: ignore[arg-type]
+        self.register = KeyRegistry(SimpleNamespace(environment=environment), self.folder)  # type: ignore[arg-type]
 
     def put(self, name: str, key: str) -> Path:
         path = self.folder / f"{name}.pub"
@@ -197,7 +197,7 @@ def test_who_watches_says_who_comes_and_goes_and_nothing_while_nobody_does(
     berlin = played.put("berlin", key(11))
     meanwhile = [lambda: None, lambda: played.put("paris", key(12)), lambda: None, berlin.unlink, lambda: None]
     steps = iter(meanwhile)
-    monkeypatch.setattr(admission, "time", SimpleNamespace(sleep=lambda _: next(steps)()))  # the time that passes
+    monkeypatch.setattr(key_registry, "time", SimpleNamespace(sleep=lambda _: next(steps)()))  # the time that passes
     played.register.update()
     with pytest.raises(StopIteration):
         played.register.watch()

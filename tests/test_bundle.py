@@ -8,8 +8,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federation import bundle
-from federation.weights import encoded
+from federation.app import bundle
+from federation.app.weights import encoded
 
 SCALARS = st.one_of(st.integers(-(2**62), 2**62), st.floats(allow_nan=False))
 CONFIGS = st.dictionaries(st.text(max_size=5), st.one_of(SCALARS, st.text(), st.booleans(), st.binary(max_size=9)))

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from federation import certificates
-from federation.launch import run_command
+from federation.launch.command import run_command
+from federation.security import certificates
 
 Failed = Callable[..., tuple[int, str]]
 ALL = {

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from federation import check, launch
+from federation.app import cores
+from federation.launch.command import run_command
+from federation.tools import check
 
 SOUND = '''"""A script that may be federated without a second thought."""
 
@@ -69,7 +71,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """Return a function that checks a script and returns what is said of it, line by line, and last its verdict."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "addaudithook", lambda hook: None)  # none can be removed again: see test_guide.py
-    for variable in (*launch.THREADS, "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
+    for variable in (*cores.THREADS, "CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
         monkeypatch.setenv(variable, "1")  # so that it is put back
 
     def run(source: str) -> list[str]:
@@ -218,5 +220,5 @@ def test_the_command_fails(
     (tmp_path / "useless.py").write_text("import numpy\n", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "addaudithook", lambda hook: None)
-    ended, errors = failed(lambda: launch.run_command(check.command), "check.py", *line)
+    ended, errors = failed(lambda: run_command(check.command), "check.py", *line)
     assert ended == status and all(text in errors for text in expected), errors

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from federation.checkpoint import FREE, check_same, checkpoints, load_checkpoint, save_checkpoint
-from federation.config import RunConfig, defaults, validate
-from federation.report import Report
-from federation.weights import decoded, encoded, sha256
+from federation.app.checkpoint import RESUMABLE_KEYS, check_same, checkpoints, load_checkpoint, save_checkpoint
+from federation.app.config import RunConfig, defaults, validate
+from federation.app.report import Report
+from federation.app.weights import decoded, encoded, sha256
 
 Weights = dict[str, NDArray[Any]]
 
@@ -260,7 +260,7 @@ def changed(*keys: str) -> RunConfig:
     return validate({}).changed(**{key.replace("-", "_"): another(defaults()[key]) for key in keys})
 
 
-@pytest.mark.parametrize("key", sorted(defaults().keys() - FREE))
+@pytest.mark.parametrize("key", sorted(defaults().keys() - RESUMABLE_KEYS))
 def test_a_changed_key_is_named_with_both_values(key: str, tmp_path: Path) -> None:
     begun = defaults()
     value = another(begun[key])
@@ -274,9 +274,9 @@ def test_a_changed_key_is_named_with_both_values(key: str, tmp_path: Path) -> No
 
 
 def test_keys_that_no_past_round_depends_on_may_change(tmp_path: Path) -> None:
-    assert {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries"} == FREE
-    assert defaults().keys() >= FREE
-    check_same(defaults(), changed(*FREE), tmp_path)
+    assert {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries"} == RESUMABLE_KEYS
+    assert defaults().keys() >= RESUMABLE_KEYS
+    check_same(defaults(), changed(*RESUMABLE_KEYS), tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------- a run and its end
@@ -292,7 +292,7 @@ def report(folder: Path, **values: Any) -> Report:
 def play(run: Report, rounds: int) -> None:
     for number in range(rounds):
         arrays = ArrayRecord({"w": Array(np.full(3, run.next_round + 0.1))})
-        run.round(arrays, {}, train_loss=1 / 3 + number, server_accuracy=0.5)
+        run.round(arrays, {}, {}, train_loss=1 / 3 + number, server_accuracy=0.5)
 
 
 def leave(run: Report) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import compare
-from compare import Lab, trainings
-from federation import comparison, launch
-from federation.comparison import Cells, Point, summary, tables
-from federation.config import RunConfig, validate
+from federation.app import cores
+from federation.app.config import RunConfig, validate
+from federation.launch import host
+from federation.tools import compare, comparison
+from federation.tools.compare import Lab, trainings
+from federation.tools.comparison import Cells, Point, summary, tables
 from tests.conftest import ROOT, Terminals
 
 QUICK_NAMES = list(trainings("dirichlet"))[:5]
@@ -202,7 +203,7 @@ def test_federated_runs_are_counted_by_what_clients_report(
         (Path(config.out) / "metrics.json").write_text(json.dumps({"rounds": rounds}))
         return 0
 
-    monkeypatch.setattr(launch, "host_run", host_run)
+    monkeypatch.setattr(host, "host_run", host_run)
     monkeypatch.setattr(lab, "config", lab.config.changed(out=str(tmp_path)))
     cell = compare.federated("shards", fraction)(lab, 7, {})
     rounds = 2 if fraction == 1 else 4
@@ -212,7 +213,7 @@ def test_federated_runs_are_counted_by_what_clients_report(
     assert (cell["bytes_down"], cell["bytes_up"]) == (10 * rounds, 5 * rounds)
     ((config, nodes),) = played
     assert (config.partitioner, config.fraction_train, config.seed) == ("shards", fraction, 7)
-    assert config.num_clients == 3 and nodes == min(3, launch.cores())
+    assert config.num_clients == 3 and nodes == min(3, cores.cores())
 
 
 # --------------------------------------------------------------------------------------------------- the command
@@ -249,7 +250,7 @@ def test_wrong_options_are_misuse(failed: Any, options: list[str], named: str) -
 def test_what_cannot_be_compared_fails_in_one_line(failed: Any, options: list[str], named: str) -> None:
     def script() -> None:
         with redirect_stdout(sys.stderr):
-            runpy.run_path(str(ROOT / "compare.py"), run_name="__main__")
+            runpy.run_module("federation.compare", run_name="__main__")
 
     status, errors = failed(script, "compare.py", *options)
     assert (status, errors.count("\n")) == (1, 1)
@@ -258,7 +259,7 @@ def test_what_cannot_be_compared_fails_in_one_line(failed: Any, options: list[st
 
 @pytest.mark.slow
 def test_interrupted_it_keeps_what_is_done_and_goes_on(terminals: Terminals, tmp_path: Path) -> None:
-    first = terminals.open("compare.py", "--quick")
+    first = terminals.open("-m", "federation.compare", "--quick", PYTHONPATH=str(ROOT))
     first.wait_for("[2/5]")
     first.interrupt()
     assert first.wait() == 130
@@ -267,7 +268,7 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on(terminals: Terminals, tmp
     assert list(saved) == QUICK_NAMES[:2]
     assert terminals.processes() == []
 
-    second = terminals.open("compare.py", "--quick")
+    second = terminals.open("-m", "federation.compare", "--quick", PYTHONPATH=str(ROOT))
     assert second.wait(500) == 0, second.text
     output = second.text
     results = json.loads((tmp_path / "runs" / "compare-quick" / "compare.json").read_text())
@@ -279,6 +280,6 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on(terminals: Terminals, tmp
     assert f"federated, IID{'':10}{accuracy:>18.4f}" in output
     assert (tmp_path / "runs" / "compare-quick" / "compare.png").stat().st_size > 10_000
 
-    status, again = terminals.run("compare.py", "--quick")
+    status, again = terminals.run("-m", "federation.compare", "--quick", PYTHONPATH=str(ROOT))
     assert (status, again) == (0, output), "nothing was left to do"
     assert terminals.processes() == [] and terminals.leftovers() == []

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federation.config import defaults, limits, parse, validate
+from federation.app.config import defaults, limits, parse, validate
 from tests.conftest import ROOT
 
 KEYS = st.from_regex(r"[a-z][a-z-]{0,15}", fullmatch=True)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from packaging.requirements import Requirement
 
 import cifar
-from federation import launch
-from federation.sources import sources
-from federation.task import build_net, client_seed, load_task
+from federation.app.sources import sources
+from federation.app.task import build_net, client_seed, load_task
+from federation.launch import host
 from tests.conftest import ROOT
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -82,8 +82,10 @@ def test_the_wrappers_have_no_training_loop(name: str) -> None:
 
 def test_the_client_calls_the_task() -> None:
     functions = {node.name: calls(node) for node in tree("client.py").body if isinstance(node, ast.FunctionDef)}
-    assert {"task.train", "build_net"} <= functions["train"] and "task.test" not in functions["train"]
-    assert {"task.test", "build_net"} <= functions["evaluate"] and "task.train" not in functions["evaluate"]
+    assert {"job.task.train", "job.global_model"} <= functions["train"] and "job.task.test" not in functions["train"]
+    assert {"job.task.test", "job.global_model"} <= functions["evaluate"] and "job.task.train" not in functions[
+        "evaluate"
+    ]
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -112,10 +114,12 @@ def test_clients_get_the_app_and_the_task_with_what_it_imports_and_nothing_else(
         for name in [name for name in sys.modules if name.split(".")[0] in ours]:
             del sys.modules[name]  # as in a process that has not yet imported anything of the project
         files = sources(load_task("benchmarks.niid_bench"))
-        launch.bundle(tmp_path, {name: str(path) for name, path in files.items()})
+        host.bundle(tmp_path, {name: str(path) for name, path in files.items()})
     bundled = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     app = {"pyproject.toml", "client.py", "server.py"}
-    app |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("federation/**/*.py")}
+    app |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("federation/app/**/*.py")} | {
+        "federation/__init__.py"
+    }
     assert bundled == app | {"benchmarks/niid_bench.py", "cifar.py"}
     assert PYPROJECT["tool"]["flwr"]["app"]["fab-include"] == ["**/*.py"], "as flwr run has it: whatever is not ignored"
     components = PYPROJECT["tool"]["flwr"]["app"]["components"]

@@ -17,14 +17,14 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_ssh_private_key
 
 import cifar
-import client
-import server
-from federation import launch, network, prepare, weights
-from federation.certificates import make_authority, make_client, make_server
-from federation.checkpoint import save_checkpoint
-from federation.config import RunConfig, validate
-from federation.folder import own
-from federation.network import free_port
+from federation.app import weights
+from federation.app.checkpoint import save_checkpoint
+from federation.app.config import RunConfig, validate
+from federation.app.run_folder import lock_run_folder
+from federation.launch import client_command, host, join, network, prepare, server_command
+from federation.launch.command import run_command
+from federation.launch.network import free_port
+from federation.security.certificates import make_authority, make_client, make_server
 from tests.conftest import ROOT, Terminals
 from tests.tasks import TINY
 
@@ -56,13 +56,13 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return SimpleNamespace(wait=lambda: 0)
 
     @contextmanager
-    def session(*_: object, **__: object) -> Iterator[SimpleNamespace]:
+    def process_group(*_: object, **__: object) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(home=tmp_path, start=start, popen=popen)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar, "HOME", tmp_path / "cache" / "cifar10")
-    monkeypatch.setattr(launch, "session", session)
-    monkeypatch.setattr(launch, "await_server", lambda *_: pytest.fail("it went on to serve"))
+    monkeypatch.setattr(host, "process_group", process_group)
+    monkeypatch.setattr(host, "await_server", lambda *_: pytest.fail("it went on to serve"))
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nothing can be downloaded
     handler = signal.getsignal(signal.SIGTERM)
@@ -70,7 +70,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def command(name: str, *arguments: str) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", [name, *arguments])
         with pytest.raises(SystemExit) as end:
-            launch.run_command({"server.py": server.command, "client.py": client.command}[name])
+            run_command({"server.py": server_command.server, "client.py": client_command.client}[name])
         code = end.value.code
         said = code + "\n" if isinstance(code, str) else ""
         return 1 if said else int(code or 0), capsys.readouterr().err + said
@@ -280,7 +280,7 @@ def test_client_names_what_is_wrong_with_its_key(
 @pytest.mark.parametrize("folder", ["keys", "keys/berlin"], ids=["the server's folder, which has no key", "its own"])
 def test_client_accepts_good_keys(command: Command, keys: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     joined: list[object] = []
-    monkeypatch.setattr(launch, "join_run", lambda *arguments: joined.append(arguments[-1]) or 0)
+    monkeypatch.setattr(join, "join_run", lambda *arguments: joined.append(arguments[-1]) or 0)
     assert command("client.py", "--tls", folder)[0] == 0
     assert joined == [keys.parent / folder]
 
@@ -301,7 +301,7 @@ def test_other_machines_may_connect_with_tls_or_after_a_warning(
 ) -> None:
     hosted: list[tuple[object, object]] = []
     monkeypatch.setattr(
-        launch,
+        host,
         "host_run",
         lambda address, config, simulated, tls: hosted.append((address, tls)) or 0,
     )
@@ -449,7 +449,7 @@ def test_a_run_is_not_resumed_with_another_config(
 
 def test_a_run_is_resumed_with_its_own_config(command: Command, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hosted: list[RunConfig] = []
-    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
+    monkeypatch.setattr(host, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
     assert command("server.py", "--resume", "--rounds", "5", "--address", f"127.0.0.1:{free_port()}")[0] == 0
     (config,) = hosted
     own = {"data": cifar.EMBEDDED, "out": str(begun), "learning-rate": 0.01, "seed": 7}
@@ -460,7 +460,7 @@ def test_a_run_that_has_moved_is_resumed_where_it_is(
     command: Command, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosted: list[RunConfig] = []
-    monkeypatch.setattr(launch, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
+    monkeypatch.setattr(host, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -481,7 +481,7 @@ def test_a_damaged_checkpoint_is_named(command: Command, begun: Path) -> None:
 def test_a_run_folder_that_another_run_writes_to_is_refused(command: Command, begun: Path, option: list[str]) -> None:
     (begun / "metrics.json").write_text('{"status": "running"}')
     arguments = ["--data", "embedded", "--address", f"127.0.0.1:{free_port()}", *option]
-    with own(begun):
+    with lock_run_folder(begun):
         before = {path: path.read_bytes() for path in begun.iterdir()}
         check(command("server.py", *arguments), 1, "server.py", f"another run is writing to {begun}", "--out")
         assert {path: path.read_bytes() for path in begun.iterdir()} == before

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from federation import weights
+from federation.app import weights
 from tests.conftest import ROOT, Terminal, Terminals
 from tests.tasks import write_own
 from tests.test_terminals import free_port

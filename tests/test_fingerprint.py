@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from federation.fingerprint import difference, fingerprint
+from federation.app.fingerprint import difference, fingerprint
 
 X, Y = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32), np.arange(500) % 10
 IMAGES = np.random.default_rng(1).integers(0, 256, (500, 4, 4, 3), np.uint8)

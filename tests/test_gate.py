@@ -22,13 +22,13 @@ from flwr.proto.message_pb2 import PullObjectResponse
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import federation.gate
-from federation import launch
-from federation.certificates import make_authority, make_server
-from federation.gate import NOT_YET, gate, served
-from federation.limits import Connections
-from federation.network import LaunchError, free_port, is_up
-from federation.session import session
+import federation.launch.fleet_proxy
+from federation.launch import host
+from federation.launch.fleet_proxy import NOT_YET, gate, served
+from federation.launch.limits import Connections
+from federation.launch.network import LaunchError, free_port, is_up
+from federation.launch.process_group import process_group
+from federation.security.certificates import make_authority, make_server
 from tests.conftest import eventually
 
 Headers = list[tuple[str, str]]
@@ -236,7 +236,7 @@ def test_no_error_is_held(upstream: Upstream, port: int, path: str, not_yet: byt
 
 
 def test_nothing_is_held_for_ever(upstream: Upstream, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(federation.gate, "HOLD", 0.3)
+    monkeypatch.setattr(federation.launch.fleet_proxy, "HOLD", 0.3)
     upstream.answer = b""
     assert ask(port, "POST", PULL)[::2] == (200, b"")
     assert len(upstream.seen) > 1
@@ -250,7 +250,7 @@ def test_nothing_is_asked_for_a_client_that_has_gone(upstream: Upstream, port: i
     ended = len(upstream.seen)
     for _ in range(10):  # each may take a turn of its own
         assert ask(port, "GET", "/health")[0] == 200
-        time.sleep(federation.gate.PACE)
+        time.sleep(federation.launch.fleet_proxy.PACE)
     assert len([request for request in upstream.seen[ended:] if request.path == PULL]) <= 1
 
 
@@ -261,7 +261,7 @@ def test_hundreds_may_wait_and_all_are_answered_once_there_is_something(upstream
         eventually(lambda: len(upstream.seen) > 110, 10)
         started, asked = time.monotonic(), len(upstream.seen)
         eventually(lambda: time.monotonic() > started + 1, 10)
-        assert len(upstream.seen) - asked < 2 / federation.gate.PACE, "the more wait, the less often each one asks"
+        assert len(upstream.seen) - asked < 2 / federation.launch.fleet_proxy.PACE, "the more, the rarer"
         upstream.answer = b"message"
         assert {future.result(5)[2] for future in waiting} == {b"message"}
     assert len(upstream.seen) < 100 * 4
@@ -313,7 +313,7 @@ def test_the_path_does_not_come_from_the_hosts_name(
 ) -> None:
     """Starlette takes the Host header and the path together for the URL: earlier versions, whatever the header is."""
     url = property(lambda _: SimpleNamespace(path="/v1/control/start-run"))
-    monkeypatch.setattr(federation.gate.Request, "url", url)
+    monkeypatch.setattr(federation.launch.fleet_proxy.Request, "url", url)
     assert ask(port, "POST", CALL)[0] == ask(port, "GET", "/health")[0] == 200
     assert [request.path for request in upstream.seen] == [CALL, "/health"]
 
@@ -368,7 +368,7 @@ def test_whatever_path_is_tried_only_calls_of_clients_arrive(
 def test_a_body_that_is_too_large_is_refused(
     upstream: Upstream, port: int, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(federation.gate, "MOST", 1000)
+    monkeypatch.setattr(federation.launch.fleet_proxy, "MOST", 1000)
     most, more = ([b"x" * 500] * 2, [b"x" * 500, b"y" * 501]) if chunked else (b"x" * 1000, b"x" * 1001)
     assert ask(port, "POST", CALL, more)[0] == 413
     assert upstream.seen == []
@@ -427,8 +427,8 @@ def test_a_gate_is_opened_with_a_certificate_that_is_good_for_other_machines_onl
     make_authority(keys)
     make_server(keys, ["server.example"])
     upstream, port = Upstream(), free_port()
-    with serving(upstream) as behind, session(tmp_path / "log.txt") as ours:
-        launch.start_gate(ours, ("0.0.0.0", port), ("127.0.0.1", behind), None, keys)
+    with serving(upstream) as behind, process_group(tmp_path / "log.txt") as ours:
+        host.start_proxy(ours, ("0.0.0.0", port), ("127.0.0.1", behind), None, keys)
         assert upstream.seen[-1].path == "/health"
         with pytest.raises(LaunchError, match=r"is not valid for '127\.0\.0\.1'"):
             is_up(("127.0.0.1", port), keys / "ca.crt")

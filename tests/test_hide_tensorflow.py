@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from federation import hide_tensorflow
+from federation.app import hide_tensorflow
 from tests.conftest import ROOT, Terminals
 
 STATE = """
@@ -31,7 +31,7 @@ def train(net, data, **settings):
 """
 TRAINING = """
 import tensorflow
-from federation import hide_tensorflow
+from federation.app import hide_tensorflow
 hide_tensorflow.from_workers()
 import torch
 net = torch.nn.Linear(2, 1)
@@ -75,14 +75,14 @@ def test_it_is_hidden_until_a_task_is_loaded(installed: Path, monkeypatch: pytes
 import sys
 from state import state
 print(state(), sys.customized)
-from federation.task import load_task
+from federation.app.task import load_task
 print(load_task("task").tensorflow.__name__, state())
 """
     assert python(code, **hide_tensorflow.environment()).splitlines() == ["hidden 1", "tensorflow tensorflow"]
 
 
 def test_without_it_nothing_is_hidden(installed: Path) -> None:
-    code = "import sys, federation.hide_tensorflow as it; from state import state; it.from_workers(); it.reveal(); "
+    code = "import sys, federation.app.hide_tensorflow as it; from state import state; it.from_workers(); it.reveal(); "
     assert python(f"{code} print(state(), it.FOLDER in sys.path)", installed, ROOT) == "tensorflow False"
 
 
@@ -91,7 +91,7 @@ def test_workers_of_a_process_that_has_loaded_it_start_without(installed: Path) 
     code = """
 import os, subprocess, sys
 import tensorflow
-from federation import hide_tensorflow
+from federation.app import hide_tensorflow
 hide_tensorflow.from_workers()
 os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path, os.environ["PYTHONPATH"]])
 worker = "import sys; from state import state; print(state(), sys.customized)"

@@ -11,8 +11,8 @@ import pytest
 from flwr.app import Context, RecordDict
 
 import server
-from federation import warm
-from federation.console import FOLDER
+from federation.app.console import FOLDER
+from federation.launch import warm
 from tests.conftest import Terminal, Terminals, eventually
 from tests.in_memory import InMemoryGrid
 from tests.test_faults import assert_all_gone, metrics_of, named

@@ -12,8 +12,8 @@ import torch
 from flwr.app import Context, RecordDict
 
 import server
-from federation.config import Settings
-from federation.console import FOLDER
+from federation.app.config import Settings
+from federation.app.console import FOLDER
 from tests.conftest import Terminal, Terminals
 from tests.in_memory import InMemoryGrid
 from tests.tasks import TINY

@@ -25,9 +25,9 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 import server
-from federation import client_grid, partition, picture, weights
-from federation.config import Settings, validate
-from federation.task import build_net, find_data, load_task
+from federation.app import client_grid, partition, picture, weights
+from federation.app.config import Settings, validate
+from federation.app.task import build_net, find_data, load_task
 from tests.in_memory import InMemoryGrid, another_process
 
 Rows = NDArray[np.int64]

@@ -14,10 +14,10 @@ from threading import Thread
 import pytest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
-from federation import limits
-from federation.certificates import make_authority, make_server
-from federation.gate import certificate
-from federation.limits import Connections, most_connections
+from federation.launch import limits
+from federation.launch.fleet_proxy import certificate
+from federation.launch.limits import Connections, most_connections
+from federation.security.certificates import make_authority, make_server
 from tests.conftest import ROOT, Terminals, eventually
 from tests.test_faults import assert_all_gone, metrics_of
 from tests.test_gate import CALL, Upstream, ask, gate_before, serving
@@ -196,7 +196,7 @@ def test_a_body_is_waited_for_as_long_as_it_comes(door: Door, monkeypatch: pytes
 def test_a_call_that_is_held_is_not_cut_short(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in ("HEAD", "BODY"):
         monkeypatch.setattr(limits, limit, 0.2)
-    monkeypatch.setattr("federation.gate.HOLD", 1.0)
+    monkeypatch.setattr("federation.launch.fleet_proxy.HOLD", 1.0)
     door.upstream.answer = b""
     assert ask(door.port, "POST", "/v1/fleet/pull-messages")[::2] == (200, b"")
     assert len(door.upstream.seen) > 3

@@ -6,8 +6,8 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from federation import bundle
-from federation.mods import explain, play_clients
+from federation.app import bundle
+from federation.app.mods import explain, play_clients
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 

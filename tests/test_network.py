@@ -11,8 +11,8 @@ from threading import Thread
 
 import pytest
 
-from federation.certificates import make_authority, make_server
-from federation.network import LaunchError, address, free_port, is_loopback, is_up, shown
+from federation.launch.network import LaunchError, address, free_port, is_loopback, is_up, shown
+from federation.security.certificates import make_authority, make_server
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import cifar
 from benchmarks import niid_bench
-from federation.config import choices
-from federation.task import load_task
+from federation.app.config import choices
+from federation.app.task import load_task
 
 
 def generator(seed: int) -> torch.Generator:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from federation.packing import PACKED, pack, packed_replies, unpack
+from federation.app.packing import PACKED, pack, packed_replies, unpack
 
 VALUES = st.sampled_from(["<f4", "<f8", "<i8", "u1", "?"]).flatmap(
     lambda dtype: arrays(dtype, array_shapes(min_dims=0))

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from federation.config import RunConfig, choices, validate
-from federation.partition import REMEDIES, Rows, iid, split
+from federation.app.config import RunConfig, choices, validate
+from federation.app.partition import REMEDIES, Rows, iid, split
 
 SEEDS = st.integers(0, 2**31 - 1)
 BY_CLASS = ("dirichlet", "pathological", "shards")

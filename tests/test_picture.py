@@ -11,8 +11,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from federation import picture
-from federation.report import MOST_CLASSES, count
+from federation.app import picture
+from federation.app.report import MOST_CLASSES, count
 
 ROWS = [np.array([0, 1, 5], np.int32), np.array([2], np.int32), np.array([3, 4], np.int32)]
 LABELS = np.array([7, 3, 3, 9, 3, 7])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from federation.launch import place_on_host
-from federation.network import LaunchError
-from federation.session import session
+from federation.launch.network import LaunchError
+from federation.launch.place import place_on_host
+from federation.launch.process_group import process_group
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def mode(path: Path) -> int:
 
 
 def test_folder_and_log_are_private_and_places_differ(temporary: Path) -> None:
-    with place_on_host() as (first, log), place_on_host() as (second, other), session(log, warm_starts=False):
+    with place_on_host() as (first, log), place_on_host() as (second, other), process_group(log, warm_starts=False):
         assert (first[-2:], second[-2:]) == ("/0", "/1")
         assert log.parent == other.parent == folder(temporary)
         assert (mode(log.parent), mode(log)) == (0o700, 0o600)
@@ -77,6 +77,6 @@ def test_no_log_is_opened_through_a_link(temporary: Path) -> None:
     with place_on_host() as (_, log):
         log.symlink_to(victim)
         refused = pytest.raises(LaunchError, match=f"cannot open the log {log}: it is a symbolic link; remove it")
-        with refused, session(log, warm_starts=False):
+        with refused, process_group(log, warm_starts=False):
             pass
     assert victim.read_text() == "precious"

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from itertools import chain
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,13 +17,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 import cifar
-import client as client_app
-from federation import bundle, client_grid, packing, partition, roster, weights
-from federation.client_grid import ClientGrid, seed_sampling
-from federation.config import validate
-from federation.fingerprint import fingerprint
-from federation.roster import Roster
-from federation.sources import compared, digest
+from federation.app import bundle, client_grid, job, packing, partition, roster, weights
+from federation.app.client_grid import ClientGrid, seed_sampling
+from federation.app.config import validate
+from federation.app.fingerprint import fingerprint
+from federation.app.roster import Roster
+from federation.app.sources import compared, digest
 
 DATA = (np.zeros((20, 2)), np.arange(20)), (np.zeros((12, 2)), np.arange(12))
 MODEL = ArrayRecord({"w": Array(np.arange(4, dtype=np.float32))})
@@ -592,7 +592,8 @@ def own_samples(mask: ArrayRecord | None, server_data: Any = DATA) -> list[int]:
     task: Any = ModuleType("task")
     task.load_data = lambda root: DATA
     message = Message(content, 1, MessageType.EVALUATE)
-    return client_app.own_samples("test", task, message, Context(1, 1, {}, RecordDict(), {}))[1].tolist()
+    with patch.object(job, "load_task", lambda name: task):
+        return job.Job(message, Context(1, 1, {}, RecordDict(), {})).samples("test")[1].tolist()
 
 
 def test_a_client_takes_the_samples_of_its_mask_and_refuses_one_for_other_data(clock: Clock) -> None:
@@ -639,14 +640,13 @@ def test_clients_that_find_something_else_than_the_server_are_reported(
     ours, _ = federation(clock, FakeClient(1, "a/0"), FakeClient(2, "b/0"))
     ours.roster.wait_for(2)
     found = {"clients_loss": 0.5, "clients_accuracy": 0.5, "server_loss": loss, "server_accuracy": accuracy}
-    ours.compare(found)
+    ours.check_agreement([], found)
     assert "warning" not in capsys.readouterr().out, "nobody has evaluated"
-    ours.evaluate(FedAvg(min_available_nodes=1), 1, MODEL)
-    ours.compare(found)
+    ours.check_agreement(ours.evaluate(FedAvg(min_available_nodes=1), 1, MODEL), found)
     said = capsys.readouterr().out
     assert ("clients and server differ on the same 12 test samples: loss 0.5000 and" in said) == warns
-    ours.evaluate(FedAvg(fraction_evaluate=0.5, min_evaluate_nodes=1, min_available_nodes=1), 2, MODEL)
-    ours.compare(found)
+    half = FedAvg(fraction_evaluate=0.5, min_evaluate_nodes=1, min_available_nodes=1)
+    ours.check_agreement(ours.evaluate(half, 2, MODEL), found)
     assert "warning" not in capsys.readouterr().out, "half of the samples may well be others"
 
 

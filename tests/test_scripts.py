@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from federation import weights
-from federation.task import seed_generators
+from federation.app import weights
+from federation.app.task import seed_generators
 from tests.conftest import ROOT
 
 Outcome = tuple[int, str]

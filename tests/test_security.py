@@ -19,7 +19,7 @@ from threading import Event, Thread
 import psutil
 import pytest
 
-from federation.certificates import make_authority, make_client, make_server
+from federation.security.certificates import make_authority, make_client, make_server
 from tests.conftest import ROOT, Terminal, Terminals, eventually
 from tests.tasks import TINY, held_by
 from tests.test_faults import assert_all_gone, metrics_of, named
@@ -178,7 +178,7 @@ def test_neither_noise_nor_a_client_that_is_killed_and_comes_back_disturbs_a_run
     back.wait_for("or was until it was killed within the last minute", 60)
     noise = Noise(port)
     noise.check_nothing_grows(
-        named(terminals.processes(), "federation.gate") + named(terminals.processes(), "flower-superlink")
+        named(terminals.processes(), "federation.launch.fleet_proxy") + named(terminals.processes(), "flower-superlink")
     )
     with noise.going_on():
         server.wait_for("waiting for 2 clients, 1 here", 200)

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 SCRIPT = """
 import sys
-from federation.launch import run_command
+from federation.launch.command import run_command
 
 def command():
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from federation.simulation import count_gpus, describe, federation_config
+from federation.launch.simulation import count_gpus, describe, federation_config
 
 CPU = {"client-resources-num-cpus": 1, "client-resources-num-gpus": 0.0, "init-args-log-to-driver": False}
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from federation.sources import compared, digests, sources, unresolved
+from federation.app.sources import compared, digests, sources, unresolved
 
 Make = Callable[..., ModuleType]
 

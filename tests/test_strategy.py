@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from federation.checkpoint import load_checkpoint, save_checkpoint
-from federation.config import validate
-from federation.strategy import check_reply, make_strategy, strategy_state
-from federation.weights import as_before, encoded, sha256
+from federation.app.checkpoint import load_checkpoint, save_checkpoint
+from federation.app.config import validate
+from federation.app.strategy import check_reply, make_strategy, strategy_state
+from federation.app.weights import encoded, restore_dtypes, sha256
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 Weights = dict[str, NDArray[Any]]
@@ -232,7 +232,7 @@ def aggregate(strategy: Any, server_round: int, model: ArrayRecord, parts: list[
     strategy.configure_train(server_round, model, ConfigRecord(), Nodes())
     replies = [exchange(TRAIN, weights, counted)[1] for weights, counted in parts]
     mean, _ = strategy.aggregate_train(server_round, replies)
-    return as_before(model, mean)
+    return restore_dtypes(model, mean)
 
 
 def drawn(seed: int) -> list[tuple[Weights, int]]:

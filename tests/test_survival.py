@@ -21,9 +21,9 @@ import pytest
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 
 import server
-from federation import console, picture, roster, weights
-from federation.checkpoint import checkpoints
-from federation.folder import own
+from federation.app import console, picture, roster, weights
+from federation.app.checkpoint import checkpoints
+from federation.app.run_folder import lock_run_folder
 from tests.conftest import ROOT
 from tests.in_memory import InMemoryGrid
 from tests.tasks import TINY
@@ -324,7 +324,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_leads_to_the_same_end(
 
 def another_process(code: str, folder: Path) -> subprocess.Popen[str]:
     """Start some lines of Python on a run folder."""
-    code = f"import os, signal, sys\nfrom pathlib import Path\nfrom federation.folder import *\n{code}"
+    code = f"import os, signal, sys\nfrom pathlib import Path\nfrom federation.app.run_folder import *\n{code}"
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, text=True, **pipes)
 
@@ -347,14 +347,16 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_harm(tmp_path: Path,
 
 
 def test_a_run_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
-    owner = another_process("lock = own(Path(sys.argv[1]))\nprint('mine', flush=True)\nsys.stdin.read()", tmp_path)
+    owner = another_process(
+        "lock = lock_run_folder(Path(sys.argv[1]))\nprint('mine', flush=True)\nsys.stdin.read()", tmp_path
+    )
     assert owner.stdout is not None and owner.stdout.readline() == "mine\n"
     refusal = f"another run is writing to {tmp_path}; stop that, or choose another --out"
     assert end_of(tmp_path) == refusal, "nor a run,"
     assert [path.name for path in tmp_path.iterdir()] == [".lock"], "which leaves all as it is"
     owner.kill()
     owner.communicate()
-    with own(tmp_path):
-        second = another_process("own(Path(sys.argv[1]))", tmp_path)
+    with lock_run_folder(tmp_path):
+        second = another_process("lock_run_folder(Path(sys.argv[1]))", tmp_path)
         assert second.communicate()[1].splitlines()[-1] == f"ValueError: {refusal}"
     assert play(tmp_path).metrics["status"] == "finished"

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from federation import warm
+from federation.launch import warm
 from tests.conftest import ROOT, eventually
 
 pytestmark = pytest.mark.skipif(not warm.SUPPORTED, reason="nothing is forked here")
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not warm.SUPPORTED, reason="nothing is forked he
 SERVER = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import atexit, socket
-from federation import fork_server
+from federation.launch import fork_server
 atexit.register(fork_server.leave_at_once)
 sys.path[0] = sys.argv[3]
 from commands import COMMANDS

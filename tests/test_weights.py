@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import cifar
-from federation import weights
+from federation.app import weights
 from tests.conftest import ROOT, Terminals
 
 Values = Mapping[str, NDArray[Any]]
@@ -44,7 +44,7 @@ def facts(value: NDArray[Any]) -> Facts:
 
 
 class Kit(Protocol):
-    """How to make models of a framework, and how to look into them without federation.weights."""
+    """How to make models of a framework, and how to look into them without federation.app.weights."""
 
     model: str
     suffix: str
@@ -387,7 +387,7 @@ def test_an_npz_file_of_flax_has_arrays_by_name(tmp_path: Path) -> None:
 
 IMPORTED = """
 import sys
-import federation.weights
+import federation.app.weights
 print({name.split(".")[0] for name in sys.modules} & {"torch", "jax", "flax", "keras", "tensorflow"} or "nothing")
 """
 
@@ -406,7 +406,7 @@ def test_it_imports_no_framework(terminals: Terminals) -> None:
 
 BACKEND = """
 import keras, numpy as np
-from federation import weights
+from federation.app import weights
 make = lambda: keras.Sequential(
     [keras.Input((3,)), keras.layers.Dense(2, dtype="bfloat16"), keras.layers.BatchNormalization()], name="net"
 )
@@ -762,7 +762,7 @@ def mean_of(nets: list[Any], counts: list[int]) -> ArrayRecord:
     )
     assert arrays is not None
     assert list(arrays) == list(old)
-    return weights.as_before(old, arrays)
+    return weights.restore_dtypes(old, arrays)
 
 
 def test_the_mean_of_models_loads_into_a_model() -> None:
@@ -819,7 +819,7 @@ def test_dtypes_are_as_before_and_whole_numbers_are_rounded() -> None:
     kinds = {"a": "int64", "b": "uint8", "c": "bool", "d": "bool", "e": "float16", "f": "float64", "g": "bfloat16"}
     means = {"a": -17.75, "b": 17.25, "c": 0.75, "d": 0.25, "e": 0.1, "f": 0.1, "g": 0.1}
     old = ArrayRecord({name: weights.encoded(np.zeros((), dtype)) for name, dtype in kinds.items()})
-    new = weights.as_before(old, ArrayRecord({name: Array(np.array(mean)) for name, mean in means.items()}))
+    new = weights.restore_dtypes(old, ArrayRecord({name: Array(np.array(mean)) for name, mean in means.items()}))
     assert {name: after.dtype for name, after in new.items()} == kinds
     assert {name: weights.decoded(after).item() for name, after in new.items()} == {
         "a": -18, "b": 17, "c": True, "d": False, "e": np.float16(0.1), "f": 0.1, "g": 0.10009765625

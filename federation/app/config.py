@@ -1,0 +1,144 @@
+"""The run config: its defaults in pyproject.toml, its syntax, and the values that it takes."""
+
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Settings = dict[str, Any]  # bool, int, float or str by their keys
+
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Clients = Annotated[int, Field(ge=1, le=100_000)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, le=1e6)]
+Decay = Annotated[float, Field(ge=0, le=0.999999)]
+
+
+class RunConfig(BaseModel):
+    """The settings of a run: `config.num_clients` is the value of the key num-clients. They do not change.
+
+    pyproject.toml has the defaults, and says what each is for.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=lambda name: name.replace("_", "-"), extra="forbid", strict=True, frozen=True
+    )
+
+    task: str
+    data: str
+    out: str
+    num_server_rounds: Count
+    num_clients: Clients
+    fraction_train: Annotated[float, Field(ge=1e-9, le=1)]
+    fraction_evaluate: Fraction
+    local_epochs: Count
+    learning_rate: Rate
+    batch_size: Count
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    strategy: Literal["fedavg", "fedadam"]
+    server_learning_rate: Annotated[float, Field(ge=1e-9, le=1e6)]
+    beta_1: Decay
+    beta_2: Decay
+    tau: Annotated[float, Field(ge=1e-12, le=1e6)]
+    round_timeout: Count
+    min_clients: Clients
+    retries: Annotated[int, Field(ge=0, le=1000)]
+    partitioner: Literal["iid", "dirichlet", "pathological", "shards", "size-skewed"]
+    alpha: Annotated[float, Field(ge=1e-3, le=1e6)]
+    min_partition_size: Count
+    labels_per_client: Count
+    shards_per_client: Count
+    resume: bool
+
+    @model_validator(mode="after")
+    def _check_clients(self) -> Self:
+        if self.min_clients > self.num_clients:
+            raise ValueError(f"min-clients={self.min_clients} is more than num-clients={self.num_clients}")
+        return self
+
+    def values(self) -> Settings:
+        """Return all values by their keys, as in pyproject.toml."""
+        return self.model_dump(by_alias=True)
+
+    def changed(self, **values: Any) -> Self:
+        """Return a copy with other values, which are not checked."""
+        return self.model_copy(update=values)
+
+
+ASSIGNMENT = re.compile(r"""[^\s=]+=(?:"[^"]*"|'[^']*'|[^\s"']+)(?=\s|$)""")
+
+
+def defaults() -> Settings:
+    """Return the run config that pyproject.toml declares."""
+    return dict(_declared())
+
+
+@functools.cache
+def _declared() -> Settings:
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    return dict(tomllib.loads(pyproject.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+
+
+def parse(text: str) -> Settings:
+    """Read `key=value key="text"`, or the TOML file of that name: the syntax of `flwr run --run-config`."""
+    try:
+        if text.endswith(".toml"):
+            return tomllib.loads(Path(text).expanduser().read_text("utf-8"))
+        if ASSIGNMENT.sub("", text).strip():
+            raise ValueError
+        return tomllib.loads("\n".join(ASSIGNMENT.findall(text)))
+    except OSError as error:
+        raise ValueError(f"run config {text}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f'run config {text!r} is not of the form key=value key="text"') from None
+
+
+def validate(overrides: Mapping[str, Any]) -> RunConfig:
+    """Return the defaults with `overrides`. Raises ValueError for an unknown key, a wrong type or a wrong value."""
+    if isinstance(task := overrides.get("task"), str):
+        overrides = {**overrides, "task": module_name(task)}
+    try:
+        return RunConfig.model_validate({**defaults(), **overrides})
+    except ValidationError as error:
+        raise ValueError(f"run config {_explain(error.errors()[0])}") from None
+
+
+def _explain(error: Any) -> str:
+    """Say in one line what is wrong, and what is allowed."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    key, value = str(error["loc"][0]), error["input"]
+    field = RunConfig.model_fields.get(key.replace("-", "_"))
+    if field is None:
+        return f"has no key {key!r}; its keys are: {', '.join(defaults())}"
+    if error["type"] == "literal_error" and isinstance(value, str):
+        return f"{key}={value!r} is none of: {', '.join(choices(key))}"
+    if error["type"] in ("greater_than_equal", "less_than_equal"):
+        low, high = limits(key)
+        return f"{key}={value!r} is out of range: {low:g} to {high:g} is allowed"
+    return f"{key}={value!r} should be of type {type(defaults()[key]).__name__}"
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """Return the values of a key that has a few of them."""
+    return get_args(RunConfig.model_fields[key].annotation)
+
+
+def limits(key: str) -> tuple[float, float]:
+    """Return the smallest and the largest value of a number."""
+    low, high = RunConfig.model_fields[key.replace("-", "_")].metadata
+    return low.ge, high.le
+
+
+def module_name(task: str) -> str:
+    """Return the name under which Python imports a task: a file below the current folder may be named instead."""
+    if not task.endswith(".py"):
+        return task
+    path = Path(task)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"task {task!r}: change to its folder and give its name, {path.stem}")
+    return ".".join(path.with_suffix("").parts)

@@ -1,0 +1,203 @@
+"""What a run leaves behind: a line per round, metrics.json, curves.png and the final model."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord
+
+from federation.app import weights
+from federation.app.checkpoint import Records, check_same, checkpoints, load_checkpoint, save_checkpoint
+from federation.app.config import RunConfig
+from federation.app.console import MARK, one_line, print_to_user
+from federation.app.partition import Rows
+from federation.app.run_folder import lock_run_folder, write_atomically
+
+COLUMNS = {  # heading: key in metrics.json, and how it is shown
+    "round": ("round", "5d"),
+    "train loss": ("train_loss", "10.4f"),
+    "clients' loss": ("clients_loss", "13.4f"),
+    "accuracy": ("clients_accuracy", "8.4f"),
+    "server's loss": ("server_loss", "13.4f"),
+    " accuracy": ("server_accuracy", "9.4f"),
+    "clients": ("clients", "7d"),
+    "seconds": ("seconds", "7.1f"),
+    "waiting": ("waiting_seconds", "7.1f"),
+}
+MOST_CLASSES = 1000  # with more of them, labels are taken for something else
+KEYS = [key for key, _ in COLUMNS.values()] + ["samples", "client_seconds", "dropped", "bytes_down", "bytes_up"]
+
+
+class Report:
+    """The run folder. It is written anew, atomically, after every round, so that it can be watched, and resumed."""
+
+    def __init__(self, config: RunConfig, root: str, data: Any) -> None:
+        self.config = config
+        self.folder = Path.home() / config.out
+        self.started = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_run_folder(self.folder) if MARK not in os.environ else None  # else the launcher's
+        self.arrays: ArrayRecord | None = None  # the global model after the last round that is complete
+        self.state: Records = {}  # and what the strategy carries along
+        (x_train, _), (x_test, _) = data
+        self.metrics: dict[str, Any] = {
+            "task": config.task,
+            "dataset": {"name": root or config.task, "train": len(x_train), "test": len(x_test)},
+            "seed": config.seed,
+            "config": config.values(),
+            "versions": {"python": sys.version.split()[0], "flwr": version("flwr")} | _frameworks(),
+            "final_weights_sha256": None,
+            "status": "running",
+            "partitions": {},
+            "clients": {},  # which client, by key, has or had which partition
+            "rounds": [],
+        }
+        if config.resume:
+            self._resume()
+        self._write()
+        where = root or "its own data"
+        print_to_user(f"{config.task} on {where}: {len(x_train):,} training and {len(x_test):,} test samples")
+
+    def _resume(self) -> None:
+        saved, records = load_checkpoint(self.folder)
+        check_same(saved["config"], self.config, self.folder)
+        if saved["dataset"] != self.metrics["dataset"]:
+            raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
+        self.arrays, self.state = records.pop("arrays"), records
+        self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions")}
+        print_to_user(f"resuming after round {saved['rounds'][-1]['round']}")
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Which client, by key, has or had which partition, when the last round was complete."""
+        return dict(self.metrics["clients"])
+
+    @property
+    def num_partitions(self) -> int:
+        """How many partitions the data have been split into; 0 before that."""
+        return len(self.metrics["partitions"].get("train", ()))
+
+    def remaining_rounds(self) -> range:
+        return range(self.next_round, self.config.num_server_rounds + 1)
+
+    @property
+    def next_round(self) -> int:
+        """The number of the first round that is not complete. Round 0 is the initial model."""
+        return len(self.metrics["rounds"])
+
+    def partitions(self, parts: dict[str, list[Rows]], data: Any) -> None:
+        """Note how many samples of each class each client holds."""
+        for (split, held), (_, labels) in zip(parts.items(), data, strict=False):
+            self.metrics["partitions"][split] = count(labels, held)
+        if parts:
+            self._write()
+
+    def round(self, arrays: ArrayRecord, state: Records, places: Mapping[str, int], **numbers: Any) -> None:
+        """Add a round that has made the global model `arrays`, with the strategy in `state`, and show it.
+
+        `places` says which client, by key, has which partition.
+        """
+        seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
+        seconds -= numbers.get("waiting_seconds", 0.0)
+        row = dict.fromkeys(KEYS) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
+        if not self.metrics["rounds"]:
+            print_to_user("  ".join(COLUMNS))
+        self.metrics["rounds"].append(row)
+        self.metrics["clients"] = dict(places)
+        self.arrays = arrays
+        with self._saving("a checkpoint"):
+            save_checkpoint(self.metrics, {"arrays": arrays, **state}, self.folder)
+        self._write()
+        print_to_user("  ".join(_cell(row[key], form) for key, form in COLUMNS.values()))
+
+    def finish(self, net: Any) -> None:
+        """Save the final model."""
+        assert self.arrays is not None
+        weights.to_net(self.arrays, net)
+        framework = weights.framework(net)
+        model = f"final_model{framework.suffix}"
+        self._save(model, lambda path: framework.save(net, path))
+        self.metrics |= {"final_weights_sha256": weights.sha256(self.arrays), "status": "finished"}
+        self._write()
+        print_to_user(f"saved {model} and metrics.json in {self.folder}")
+
+    def draw(self) -> None:
+        """Draw the curves of the run, and who holds what."""
+        from federation.app import picture  # here, since matplotlib takes a second that no round should pay for
+
+        for name, draw in {"curves": picture.curves, "partitions": picture.partitions}.items():
+            if name == "curves" or self.metrics["partitions"]:
+                self._save(f"{name}.png", partial(draw, self.metrics))
+
+    @contextmanager
+    def marking_failure(self) -> Iterator[None]:
+        """Note it in metrics.json if the run fails."""
+        try:
+            yield
+        except Exception:
+            self.metrics["status"] = "failed"
+            with suppress(RuntimeError):  # what has gone wrong may be that nothing can be saved
+                self._write()
+            raise
+
+    def _write(self) -> None:
+        text = json.dumps(self.metrics, indent=2)
+        self._save("metrics.json", lambda path: path.write_text(text + "\n", "utf-8"))
+
+    def _save(self, name: str, write: Callable[[Path], object]) -> None:
+        with self._saving(name):
+            write_atomically(self.folder / name, write)
+
+    @contextmanager
+    def _saving(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            kept = [f"; {path.name} is whole: make room, and go on by --resume" for path in checkpoints(self.folder)]
+            why = error.strerror or one_line(error)
+            raise RuntimeError(f"cannot save {name} in {self.folder}: {why}{''.join(kept[-1:])}") from None
+
+
+def round_results(
+    replies: list[Message], trained: MetricRecord, answers: list[Message], tested: MetricRecord | None
+) -> dict[str, Any]:
+    """Return what metrics.json says of a round, by the clients' replies to training and to evaluation."""
+    tested = tested or MetricRecord()
+    return {
+        "train_loss": trained["train-loss"],
+        "clients_loss": tested.get("loss"),
+        "clients_accuracy": tested.get("accuracy"),
+        "clients": len(replies),
+        "samples": [reply.content.metric_records["metrics"]["num-examples"] for reply in replies],
+        "client_seconds": _slowest(replies) + _slowest(answers),
+    }
+
+
+def _slowest(replies: list[Message]) -> float:
+    """Return the seconds that the slowest client worked on its reply, from reading its data on."""
+    return max((cast(float, reply.content.metric_records["metrics"]["seconds"]) for reply in replies), default=0.0)
+
+
+def count(labels: Any, held: list[Rows]) -> list[list[int]]:
+    """Return how many samples of each class each client holds; where labels are no classes, how many there are."""
+    classes, numbers = np.unique(np.asarray(labels), return_inverse=True)
+    if len(classes) > MOST_CLASSES or numbers.size != len(labels):
+        return [[len(rows)] for rows in held]
+    return [np.bincount(numbers.ravel()[rows], minlength=len(classes)).tolist() for rows in held]
+
+
+def _frameworks() -> dict[str, str]:
+    names = ("torch", "torchvision", "jax", "flax", "optax", "keras", "tensorflow")
+    return {name: str(sys.modules[name].__version__).split("+")[0] for name in names if name in sys.modules}
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-".rjust(int(form.rstrip("df").split(".")[0])) if value is None else format(value, form)

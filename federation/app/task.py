@@ -1,0 +1,136 @@
+"""A task: any module with Net, load_data, train and test. Loading one, and asking it for what a federation needs."""
+
+import functools
+import importlib
+import inspect
+import os
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from federation.app import hide_tensorflow
+from federation.app.console import FOLDER, one_line
+from federation.app.fingerprint import fingerprint
+
+CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the arguments that it is called with
+    "Net": (),
+    "load_data": ("root",),
+    "train": ("net", "data", "epochs", "lr", "batch_size", "seed"),
+    "test": ("net", "data"),
+}
+EXTRAS = {"jax": "jax", "flax": "jax", "optax": "jax", "keras": "keras", "tensorflow": "keras"}
+MAIN_ONLY = "it exits when it is imported; move what only the script itself does below: if __name__ == '__main__':"
+
+
+def load_task(name: str) -> ModuleType:
+    """Import the task `name`, from the folder in which the program was started if it is there.
+
+    Raises ValueError where it cannot be imported or breaks the contract.
+    """
+    if FOLDER in os.environ and os.environ[FOLDER] not in sys.path:
+        sys.path.insert(0, os.environ[FOLDER])
+    hide_tensorflow.reveal()
+    try:
+        task = importlib.import_module(name)
+    except SystemExit as error:
+        why = error.code if isinstance(error.code, str) else MAIN_ONLY
+        raise ValueError(f"task {name!r} cannot be imported: {why}") from None
+    except Exception as error:  # whatever the script does when it is imported
+        extra = EXTRAS.get((getattr(error, "name", None) or "").split(".")[0])
+        remedy = f"; install it by: pip install '.[{extra}]'" if extra else ""
+        raise ValueError(f"task {name!r} cannot be imported: {one_line(error)}{remedy}") from None
+    check_contract(task)
+    return task
+
+
+@functools.cache
+def check_contract(task: ModuleType) -> None:
+    """Raise ValueError where a task breaks the contract."""
+    breaches = [_breach(task, function, arguments) for function, arguments in CONTRACT.items()]
+    if any(breaches):
+        names = ", ".join(f"{function}({', '.join(arguments)})" for function, arguments in CONTRACT.items())
+        raise ValueError(f"{task.__file__} {', and it '.join(filter(None, breaches))}; a task has {names}")
+
+
+def _breach(task: ModuleType, name: str, arguments: tuple[str, ...]) -> str:
+    """Return what is wrong with one of the four names, "" if nothing is."""
+    function = getattr(task, name, None)
+    if not callable(function):
+        return f"has no {name}()"
+    parameters = inspect.signature(function).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    missing = [argument for argument in arguments if argument not in parameters and not open_ended]
+    line = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_firstlineno", "?")
+    return f"has a {name}() in line {line} that takes no {', '.join(missing)}" if missing else ""
+
+
+def find_data(task: ModuleType, root: str) -> str:
+    """Return the place that the task would read for `root`, where the task can say so."""
+    if hasattr(task, "find_data"):
+        return str(task.find_data(root or None))
+    return str(Path(root).expanduser().absolute()) if root and Path(root).expanduser().exists() else root
+
+
+def read_data(task: ModuleType, root: str | None) -> Any:
+    """Return the task's `((x_train, y_train), (x_test, y_test))`. Raises ValueError where they are something else."""
+    try:
+        data = task.load_data(root or None)
+    except Exception as error:  # whatever the script's own reading may come upon
+        raise ValueError(f"{task.__name__}.load_data({root or None!r}) failed: {one_line(error)}") from None
+    try:
+        (x_train, y_train), (x_test, y_test) = data
+        lengths = [len(part) for part in (x_train, y_train, x_test, y_test)]
+    except (TypeError, ValueError):
+        lengths = []
+    if not all(lengths) or lengths[::2] != lengths[1::2] or not lengths:
+        raise ValueError(f"{task.__file__}: load_data() should return (x_train, y_train), (x_test, y_test), a label "
+                         f"for each sample; their lengths are: {lengths or 'unknown'}")  # fmt: skip
+    return data
+
+
+@functools.lru_cache(maxsize=1)
+def open_data(task: ModuleType, root: str) -> tuple[Any, str]:
+    """Return the task's data and their fingerprint. A process that answers many messages reads them once."""
+    data = read_data(task, root)
+    return data, fingerprint(data)
+
+
+def build_net(task: ModuleType, seed: int) -> Any:
+    """Build the model from `seed`: given to Net if it takes one, and to each random generator that is loaded."""
+    if keras := sys.modules.get("keras"):
+        # Or the names of weights would count on, and memory grow: but a full collection takes its time
+        keras.utils.clear_session(free_memory=any(value is keras for value in vars(task).values()))
+    seed_generators(seed)
+    try:
+        return task.Net(seed=seed) if _takes_seed(task.Net) else task.Net()
+    except Exception as error:
+        raise ValueError(f"{task.__name__}.Net() failed: {one_line(error)}") from None
+
+
+@functools.cache
+def _takes_seed(net: Any) -> bool:
+    """Tell whether Net takes a seed: as a function, or as a class, whose metaclass may hide what __init__ takes."""
+    return any("seed" in inspect.signature(function).parameters for function in (net, net.__init__))
+
+
+def seed_generators(seed: int) -> None:
+    """Seed each global random generator that is loaded. JAX has none."""
+    if keras := sys.modules.get("keras"):
+        keras.utils.set_random_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed) if torch.accelerator.is_available() else torch.default_generator.manual_seed(seed)
+
+
+def client_seed(seed: int, partition: int, first_epoch: int) -> int:
+    """Return the shuffling seed of a client that has seen `first_epoch` epochs.
+
+    It counts on from epoch to epoch, and partition 0 starts at the run's own seed: one client alone thus shuffles
+    as the centralized script does, whose epoch e is drawn from seed + e. Partitions lie a million epochs apart.
+    """
+    return (seed + partition * 1_000_003 + first_epoch) % 2**31

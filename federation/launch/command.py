@@ -1,0 +1,44 @@
+"""Running a program to its end: its exit status, its one line of error, and the signals that stop it."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from federation.app.console import FOLDER
+from federation.launch.network import LaunchError
+
+
+def run_command(command: Callable[[], int]) -> None:
+    """Run a program and exit with its status, with 1 and one line if it fails, 130 after Ctrl-C, SIGTERM or SIGHUP."""
+    catch_signals()
+    os.environ[FOLDER] = str(Path.cwd())
+    name = Path(sys.argv[0]).name
+    try:
+        sys.exit(command())
+    except (LaunchError, ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        say_stopped(name)
+        sys.exit(130)
+
+
+def catch_signals() -> None:
+    """Take the signals that end a program for Ctrl-C; SIGINT is one of them even where a shell has it ignored, for `&`.
+
+    SIGHUP is what a closed terminal sends; nohup has it ignored, and that is left so.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+
+def say_stopped(name: str) -> None:
+    try:
+        print(f"{name}: stopped", file=sys.stderr)
+    except OSError:  # the terminal has been closed: whatever is still to be printed would change the exit status
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)

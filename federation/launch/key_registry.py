@@ -1,0 +1,77 @@
+"""Who may join: the clients whose public keys are in a folder, as long as they are there."""
+
+import json
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from federation.launch.process_group import ProcessGroup
+
+LOOK = 2  # seconds between two looks into the folder
+
+
+class KeyRegistry:
+    """The SuperLink's register of public keys, kept the same as a folder of files NAME.pub."""
+
+    def __init__(self, ours: ProcessGroup, folder: Path) -> None:
+        self.ours, self.folder = ours, folder
+        self.nodes: dict[str, int] = {}  # by public key; 0 for one that was refused
+
+    def update(self) -> None:
+        """Register what has come into the folder, and remove what has left it."""
+        keys = {_key(path): path for path in sorted(self.folder.glob("*.pub"))}
+        new = [key for key in keys if key not in self.nodes]
+        with ThreadPoolExecutor(4) as several:  # each call takes a second or two
+            self.nodes |= zip(new, several.map(self.add, [keys[key] for key in new]), strict=True)
+        for key in [key for key in self.nodes if key not in keys]:
+            if self.remove(self.nodes[key]):  # or else it could still join: the next look tries again
+                del self.nodes[key]
+
+    def show(self) -> None:
+        known = sum(node != 0 for node in self.nodes.values())
+        print(f"{known} {'key' if known == 1 else 'keys'} may join, of {self.folder}", flush=True)
+
+    def watch(self) -> None:
+        """Go on for ever, and say who comes and goes."""
+        while True:
+            time.sleep(LOOK)
+            before = set(self.nodes)
+            self.update()
+            if self.nodes.keys() != before:
+                self.show()
+
+    def add(self, path: Path) -> int:
+        try:
+            path.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            result: dict[str, Any] = {"error-message": error}
+        else:
+            result = self.flwr("register", str(path))
+        if not result.get("success"):
+            print(f"{path} is left out: {result.get('error-message', 'it is no public key')}", flush=True)
+        return int(result.get("node-id", 0))
+
+    def remove(self, node: int) -> bool:
+        result = self.flwr("unregister", str(node)) if node else {"success": True}
+        return bool(result.get("success")) or "Node ID not found" in str(result.get("error-message"))
+
+    def flwr(self, *command: str) -> dict[str, Any]:
+        """Run `flwr supernode …` and return what it says."""
+        result = subprocess.run(
+            ["flwr", "supernode", *command, "ours", "--format", "json"],
+            env=self.ours.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            return dict(json.loads(result.stdout))
+        except ValueError:
+            return {"error-message": " ".join((result.stdout + result.stderr).split())}
+
+
+def _key(path: Path) -> str:
+    """Return what tells a public key from others, so not its comment; the path, where that cannot be read."""
+    try:
+        return " ".join(path.read_text("utf-8").split()[:2])
+    except (OSError, ValueError):
+        return str(path)

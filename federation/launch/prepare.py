@@ -1,0 +1,46 @@
+"""Before a server opens: finds the task's data and files, and tries it on a few samples, so that errors show at once.
+
+In a process of its own, so that the one that waits for the end of the run holds no framework in memory.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from federation.app.config import RunConfig, validate
+from federation.app.partition import check_enough
+from federation.app.run_folder import write_atomically
+from federation.app.sources import sources
+from federation.app.task import find_data, load_task, read_data
+from federation.launch.trial import Trial, check_usable
+
+SAMPLES = 16
+
+
+def prepare(config: RunConfig) -> dict[str, Any]:
+    """Return where the task's `data` are, and its `files` by name. Raises ValueError where it cannot be federated."""
+    before = set(sys.modules)
+    task = load_task(config.task)
+    root = find_data(task, config.data)
+    data = read_data(task, root)
+    check_enough(min(len(labels) for _, labels in data), config.num_clients)
+    trial = Trial(task, data, SAMPLES)
+    if trial.defaults and not config.learning_rate:
+        raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")
+    try:
+        check_usable(trial)
+    except ValueError as error:
+        raise ValueError(f"{task.__name__} cannot be federated: {error}") from None
+    files = sources(task, sys.modules.keys() - before)  # some imports can only be seen when they happen
+    return {"data": root, "files": {name: str(path) for name, path in files.items()}}
+
+
+def main() -> None:
+    """Read a run config from the first argument; write what has been found, or an error, to the file in the second."""
+    config, report = json.loads(sys.argv[1]), Path(sys.argv[2])
+    try:
+        found = prepare(validate(config))
+    except (ValueError, OSError) as error:
+        found = {"error": str(error)}
+    write_atomically(report, lambda path: path.write_text(json.dumps(found), "utf-8"))

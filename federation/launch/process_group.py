@@ -1,0 +1,165 @@
+"""The processes of one server or client: Flower's, which must not outlive it (see guard.py), and what they say."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Lock, Thread
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from federation.app.console import CONTROL, MARK, PREFIX
+from federation.launch import guard, warm
+from federation.launch.network import LaunchError
+
+SIGN_OFF = 5  # seconds; it takes less than one, but where the machine is busy
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class ProcessGroup:
+    """The processes of one server or client, their private FLWR_HOME and their log."""
+
+    def __init__(self, home: Path, log: IO[str], environment: dict[str, str], warm_starts: bool) -> None:
+        self.home, self.warm_starts = home, warm_starts
+        self.lock, self.warm = Lock(), False  # whether there is to be a fork server
+        self.keeper: Thread | None = None  # who sees to that
+        self.processes: list[subprocess.Popen[str]] = []
+        self.log = log
+        self.log.write("" if warm_starts else "Flower's commands start in the usual way: nothing is forked here\n")
+        self.environment = os.environ | environment | {
+            MARK: home.name,
+            "PATH": os.pathsep.join([str(home / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "PYTHONUNBUFFERED": "1",
+            "FLWR_HOME": str(home),
+            "RAY_TMPDIR": str(home),
+            "RAY_worker_niceness": "0",  # the default of 15 lets any other work on the machine stop a simulation
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"])),
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # the default of 1 s delays every message
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # or to look for GPUs while modules are imported would spoil the fork
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # the default of TensorFlow, and JAX, is to take a whole GPU: that
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves nothing to a second client, or the server
+        }  # fmt: skip
+
+    def start(self, *command: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
+        """Start a command whose output goes to the log, but for the lines that are for people."""
+        self.warm_up()
+        process = self.popen(*command, cwd=cwd)
+        self.processes.append(process)
+        return process
+
+    def popen(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+        return subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.DEVNULL, text=True, errors="replace",
+            start_new_session=True, **options,
+        )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Have Flower's commands forked by a fork server, which is replaced if it is killed."""
+        if self.warm or not self.warm_starts:
+            return
+        self.warm, address = True, self.home / "fork"
+        listener = warm.listen(address)
+        warm.write_scripts(self.home / "bin", address)
+
+        def keep() -> None:
+            with listener:  # once it is closed, the commands start in the usual way
+                while server := self.start_fork_server(listener, address):
+                    relay(server, self.log)
+                    if server.wait() != -signal.SIGKILL:
+                        return
+
+        self.keeper = Thread(target=keep, daemon=True)
+        self.keeper.start()
+
+    def start_fork_server(self, listener: socket.socket, address: Path) -> "subprocess.Popen[str] | None":
+        with self.lock:  # so that none is started once all have been killed
+            command = warm.fork_server(listener, address)
+            return self.popen(*command, pass_fds=[listener.fileno()]) if self.warm else None
+
+    def stop(self) -> None:
+        """End all processes. Only a SuperNode is given time to sign off, so that no server waits for it."""
+        with self.lock:
+            self.warm = False
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            if "flower-supernode" in str(process.args):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(SIGN_OFF)
+        guard.kill_all(MARK, self.home.name)
+        if self.keeper:
+            self.keeper.join(5)
+        with suppress(OSError):
+            self.log.flush()
+
+    def last_error(self) -> str:
+        """Return what the log says last, without the frames and colours that Flower puts around it."""
+        self.log.seek(0)
+        lines = [re.sub(r"\x1b\[\d*m", "", line).strip(" │\n") for line in self.log]
+        lines = [line for line in lines if line and line[0] not in "╭╰"]
+        errors = [line for line in lines if re.search(r"\w(Error|Exception)\b", line)]
+        errors = errors or [line for line in lines if line.startswith("ERROR")]
+        return f"{(errors or lines or ['it printed nothing'])[-1]} (all is in {self.log.name})"
+
+
+def open_private(log: Path) -> IO[str]:
+    """Open a log that only its owner reads. Raises LaunchError where it is a link: it may lead to any file."""
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+
+    try:
+        return open(log, "w+", encoding="utf-8", buffering=1, opener=opener)
+    except OSError as error:
+        why = "it is a symbolic link" if log.is_symlink() else error.strerror
+        raise LaunchError(f"cannot open the log {log}: {why}; remove it") from None
+
+
+@contextmanager
+def process_group(
+    log: Path, environment: dict[str, str] | None = None, warm_starts: bool = True
+) -> Iterator[ProcessGroup]:
+    """Open a ProcessGroup; when it closes, every process of it is dead and its FLWR_HOME is gone."""
+    opened = open_private(log)
+    short = len(tempfile.gettempdir()) < 20 or os.name == "nt"  # Ray puts sockets in it: their paths may have 107 bytes
+    home = Path(tempfile.mkdtemp(prefix="federation-", dir=None if short else "/tmp"))
+    guardian = subprocess.Popen(
+        [sys.executable, "-P", guard.__file__, MARK, str(home)], stdin=subprocess.PIPE, start_new_session=True,
+        env={key: value for key, value in os.environ.items() if key != MARK},  # no other guard's business
+    )  # fmt: skip
+    ours = ProcessGroup(home, opened, environment or {}, warm_starts and warm.SUPPORTED)
+    try:
+        ours.warm_up()
+        yield ours
+    finally:
+        ours.stop()
+        guardian.communicate()
+
+
+def relay(process: "subprocess.Popen[str]", log: IO[str]) -> int | None:
+    """Show what a process says to people, until it ends (None) or its app tells how the run ended (0 or 1)."""
+    with tqdm(leave=False, disable=not sys.stderr.isatty(), bar_format="{desc} {bar} {n}/{total}") as bar:
+        for line in process.stdout or ():
+            with suppress(OSError):  # a full disk: the run itself will say so, better
+                log.write(line)
+            if line.startswith(PREFIX):
+                bar.clear()
+                print(line.removeprefix(PREFIX), end="", flush=True)
+            elif line.startswith(CONTROL):
+                event = json.loads(line.removeprefix(CONTROL))
+                if "end" in event:
+                    return int(event["end"])
+                bar.n, bar.total = event["progress"]
+                bar.set_description_str(event["doing"])
+    return None

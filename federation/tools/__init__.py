@@ -1,0 +1,1 @@
+"""Commands beside server and client: check, compare."""

@@ -1,0 +1,243 @@
+"""Is it the same training? Centralized, local and federated training of one task, side by side.
+
+    python compare.py --data DIR          # 10 clients, 6 rounds, 3 seeds; interrupted, it goes on where it was
+    python compare.py --quick             # a taste of it, on the embedded data, in about two minutes
+
+Every argument about the accuracy of federated learning is about the budget that is held equal. Here are three: sample
+visits (of all clients together), sequential steps (of the client with the most samples), and seconds on this machine.
+The federated run on IID partitions sets all three, and every other training is read off where it has used them up.
+"""
+
+import argparse
+import inspect
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from federation.app.config import RunConfig, Settings, parse, validate
+from federation.app.partition import Rows, split
+from federation.app.task import build_net, client_seed, find_data, load_task, read_data
+from federation.launch import host, simulation
+from federation.launch.network import LaunchError
+from federation.tools import comparison
+from federation.tools.comparison import Cell, Cells, Point
+
+FULL: Settings = {"num-clients": 10, "num-server-rounds": 6, "out": "runs/compare"}
+QUICK: Settings = {
+    "num-clients": 2,
+    "num-server-rounds": 2,
+    "out": "runs/compare-quick",
+    "data": "embedded",
+    "learning-rate": 0.02,
+}
+Training = Callable[["Lab", int, Cells], Cell]  # with a seed, and the cells of that seed that are done
+
+
+class Lab:
+    """A task with its data, and the ways to train it. All of them begin with the same net."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.task = config, load_task(config.task)
+        self.train_data, self.test_data = read_data(self.task, config.data)
+        self.samples = len(self.train_data[1])
+        self.rounds, self.clients, self.local_epochs = config.num_server_rounds, config.num_clients, config.local_epochs
+
+    def steps(self, samples: int) -> int:
+        """Return how many steps an epoch over so many samples takes."""
+        return -(-samples // int(self.config.batch_size))
+
+    def parts(self, partitioner: str, seed: int) -> list[Rows]:
+        config = self.config.changed(partitioner=partitioner, seed=seed)
+        return split(self.train_data[1], self.test_data[1], self.clients, config)["train"]
+
+    def test(self, net: Any) -> float:
+        return float(self.task.test(net, self.test_data)[1])
+
+    def train(self, net: Any, rows: Rows | None, epochs: int, seed: int, **more: Any) -> None:
+        """Train `net` on the samples in `rows`, or on all, with the settings that client.py would use."""
+        x, y = self.train_data
+        data = (x, y) if rows is None else (x[rows], y[rows])
+        rate = {"lr": self.config.learning_rate} if self.config.learning_rate else {}
+        self.task.train(net, data, epochs=epochs, batch_size=self.config.batch_size, seed=seed, **rate, **more)
+
+    def train_at_once(self, rows: Rows | None, epochs: int, seed: int) -> list[Point]:
+        """Train as the plain script does; a task whose train has `after_epoch` yields a point per epoch, others one."""
+        net, started, points = build_net(self.task, seed), time.perf_counter(), []
+        samples = self.samples if rows is None else len(rows)
+
+        def after_epoch(epoch: int, loss: float = 0.0) -> None:
+            seconds, accuracy = time.perf_counter() - started, self.test(net)
+            points.append(Point(epoch * samples, epoch * self.steps(samples), seconds, accuracy))
+
+        has_hook = "after_epoch" in inspect.signature(self.task.train).parameters
+        self.train(net, rows, epochs, seed, **({"after_epoch": after_epoch} if has_hook else {}))
+        if not has_hook:
+            after_epoch(epochs)
+        return points
+
+    def train_in_turns(self, shards: Sequence[Rows | None], seed: int) -> list[Point]:
+        """Train one net on one shard after the other, as often as there are rounds, each with a new optimizer."""
+        net, started, points = build_net(self.task, seed), time.perf_counter(), []
+        steps = sum(self.steps(self.samples if rows is None else len(rows)) for rows in shards) * self.local_epochs
+        for done in range(self.rounds):
+            for position, rows in enumerate(shards):
+                self.train(net, rows, self.local_epochs, client_seed(seed, position, done * self.local_epochs))
+            visits, seconds = (done + 1) * self.local_epochs * self.samples, time.perf_counter() - started
+            points.append(Point(visits, (done + 1) * steps, seconds, self.test(net)))
+        return points
+
+    def federate(self, partitioner: str, seed: int, fraction: float = 1.0) -> list[Any]:
+        """Run client.py and server.py on Flower's Simulation Engine and return the rounds of metrics.json."""
+        out = Path(self.config.out) / f"federated-{partitioner}-{fraction:g}-{seed}"
+        config = self.config.changed(
+            partitioner=partitioner, seed=seed, out=host.writable(str(out)), resume=False,
+            fraction_train=fraction, fraction_evaluate=0.0, num_server_rounds=round(self.rounds / fraction),
+        )  # fmt: skip
+        with redirect_stdout(io.StringIO()):  # not its table; its progress bar goes to stderr
+            if host.host_run(("127.0.0.1", 0), config, simulation.plan(self.clients)):
+                raise LaunchError(f"a federated run failed; see {out / 'log.txt'}")
+        return list(json.loads((out / "metrics.json").read_text("utf-8"))["rounds"][1:])
+
+
+# ------------------------------------------------------------------------------------------------- what is compared
+
+
+def centralized(lab: Lab, seed: int, done: Cells) -> Cell:
+    """All data in one place, for as many epochs as a client makes in all rounds."""
+    return {"points": lab.train_at_once(None, lab.rounds * lab.local_epochs, seed)}
+
+
+def as_many_steps(lab: Lab, seed: int, done: Cells) -> Cell:
+    """Centralized, for as many steps as a client makes: with many clients that is less than one epoch."""
+    visits = lab.rounds * lab.local_epochs * -(-lab.samples // lab.clients)
+    epochs = -(-visits // lab.samples)
+    rows = np.sort(np.random.default_rng(seed).permutation(lab.samples)[: visits // epochs]).astype(np.int32)
+    return {"points": lab.train_at_once(rows, epochs, seed)}
+
+
+def as_long(lab: Lab, seed: int, done: Cells) -> Cell:
+    """Centralized, for as many epochs as fit into the seconds of the federated run."""
+    plain = done["centralized"]["points"][-1]
+    epochs = int(done["federated, IID"]["points"][-1].seconds / plain.seconds * lab.rounds * lab.local_epochs)
+    return {"points": lab.train_at_once(None, max(1, epochs), seed)}
+
+
+def restarted(lab: Lab, seed: int, done: Cells) -> Cell:
+    """Centralized, but with a new optimizer in every round: what a federation of one client does."""
+    return {"points": lab.train_in_turns([None], seed)}
+
+
+def in_turns(lab: Lab, seed: int, done: Cells) -> Cell:
+    """One net that goes from client to client: small shards, each with a new optimizer, but nothing is averaged."""
+    return {"points": lab.train_in_turns(lab.parts("iid", seed), seed)}
+
+
+def local_only(partitioner: str) -> Training:
+    """Each client alone, with its own samples; the accuracy is the mean of theirs, on the whole test set."""
+
+    def train(lab: Lab, seed: int, done: Cells) -> Cell:
+        alone, parts = [], lab.parts(partitioner, seed)
+        epochs, started = lab.rounds * lab.local_epochs, time.perf_counter()
+        for position, rows in enumerate(parts):
+            net = build_net(lab.task, seed)
+            lab.train(net, rows, epochs, client_seed(seed, position, 0))
+            alone.append(lab.test(net))
+        steps, seconds = epochs * lab.steps(max(map(len, parts))), time.perf_counter() - started
+        return {"points": [Point(epochs * lab.samples, steps, seconds, float(np.mean(alone)))], "clients": alone}
+
+    return train
+
+
+def federated(partitioner: str, fraction: float = 1.0) -> Training:
+    """The project's own client and server; `fraction` of the clients train in a round, in more rounds accordingly."""
+
+    def train(lab: Lab, seed: int, done: Cells) -> Cell:
+        visits, steps, seconds, points = 0, 0, 0.0, []
+        rounds = lab.federate(partitioner, seed, fraction)
+        for row in rounds:
+            visits += lab.local_epochs * sum(row["samples"])
+            steps += lab.local_epochs * lab.steps(max(row["samples"]))
+            seconds += row["seconds"]
+            points.append(Point(visits, steps, seconds, row["server_accuracy"]))
+        return {"points": points, **{key: sum(row[key] for row in rounds) for key in ("bytes_down", "bytes_up")}}
+
+    return train
+
+
+def trainings(skew: str) -> dict[str, Training]:
+    """Return everything that is compared, in the order in which it is run: `as_long` needs those before it."""
+    return {
+        "centralized": centralized,
+        "centralized, as many steps": as_many_steps,
+        "federated, IID": federated("iid"),
+        "federated, non-IID": federated(skew),
+        "local only, non-IID": local_only(skew),
+        "local only, IID": local_only("iid"),
+        "centralized, as long": as_long,
+        "optimizer restart": restarted,
+        "smaller shards": in_turns,
+        "partial participation": federated(skew, 0.5),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- command
+
+
+def command() -> int:
+    """Read the command line, run what is not yet done, and show the outcome; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
+    parser.add_argument("--task", metavar="MODULE", help="what to train (default: cifar)")
+    parser.add_argument("--data", metavar="DIR", help="the data folder, as in cifar.py")
+    parser.add_argument("--clients", type=int, metavar="N", dest="num-clients", help="(default: 10)")
+    parser.add_argument("--rounds", type=int, metavar="N", dest="num-server-rounds", help="(default: 6)")
+    parser.add_argument("--run-config", default="", metavar="'KEY=VALUE …'", help="as for server.py")
+    parser.add_argument("--seeds", type=int, metavar="N", help="how many times, each with another seed (default: 3)")
+    parser.add_argument("--out", metavar="DIR", help="for compare.json and compare.png (default: runs/compare)")
+    parser.add_argument("--quick", action="store_true", help="embedded data, 2 clients, 2 rounds, 1 seed, no gap")
+    args = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
+    quick, run_config = args.pop("quick"), args.pop("run_config")
+    seeds = args.pop("seeds", 1 if quick else 3)
+    if seeds < 1:
+        parser.error(f"--seeds {seeds}: 1 or more is needed")
+    try:
+        config = validate((QUICK if quick else FULL) | args | parse(run_config))
+    except ValueError as error:
+        parser.error(str(error))
+    config = config.changed(
+        partitioner="dirichlet" if config.partitioner == "iid" else config.partitioner,
+        data=find_data(load_task(config.task), config.data), out=host.writable(config.out),
+    )  # fmt: skip
+    chosen = dict(islice(trainings(config.partitioner).items(), 5 if quick else None))
+    run(config, chosen, range(config.seed, config.seed + seeds))
+    return 0
+
+
+def run(config: RunConfig, chosen: dict[str, Training], seeds: range) -> None:
+    """Run every cell that is not yet in compare.json, save each as it is done, and show tables and picture."""
+    lab, path = Lab(config), Path(config.out) / "compare.json"
+    cells = comparison.load(path, config)
+    for partitioner in ("iid", config.partitioner):
+        lab.parts(partitioner, seeds[0])  # what cannot be split should show before hours of training
+    wanted = [(seed, name) for seed in seeds for name in chosen]
+    for number, (seed, name) in enumerate(wanted, 1):
+        done = cells.setdefault(str(seed), {})
+        if name not in done:
+            done[name] = chosen[name](lab, seed, done)
+            comparison.save(path, config, cells)
+        points = done[name]["points"]
+        print(f"[{number}/{len(wanted)}] seed {seed}  {name:26}  accuracy {points[-1].accuracy:.4f}  "
+              f"{points[-1].seconds:6.1f} s", flush=True)  # fmt: skip
+    of_seeds = [cells[str(seed)] for seed in seeds]
+    results = comparison.summary(of_seeds)
+    comparison.save(path, config, cells, summary=results)
+    print(comparison.tables(results))
+    title = f"{config.task}: {lab.samples:,} samples, {lab.clients} clients; mean and deviation, n = {len(seeds)}"
+    comparison.draw(path.with_suffix(".png"), of_seeds, results, title, lab.samples)
+    print(f"\nsaved compare.json and compare.png in {path.parent}")
