@@ -142,7 +142,7 @@ def find_data(root: str | None = None) -> str:
         if root:
             raise ValueError(f"data folder {folder} is empty, and CIFAR-10 cannot be downloaded: {error}") from None
     print(f"WARNING: {DATA_DIR} has no CIFAR-10, and it cannot be downloaded. Using a small EMBEDDED data set,\n"
-          "WARNING: which says nothing about CIFAR-10. Name your own images with --data DIR.", file=sys.stderr)  # fmt: skip
+          "WARNING: which tells nothing of CIFAR-10. For your own images: --data DIR.", file=sys.stderr)  # fmt: skip
     return EMBEDDED
 
 
@@ -158,17 +158,19 @@ def decode(root: Path, split: str) -> Data:
             raise ValueError(f"{root / ORIGINAL} is damaged; remove it to download it again ({error})") from None
         return torch.from_numpy(original.data.copy()), torch.tensor(original.targets)
     classes = class_names(root / split)
+    if len(classes) != CLASSES or classes != class_names(root / "train"):
+        raise ValueError(f"{root / split} has {len(classes)} classes ({', '.join(classes)}); "
+                         f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
     numbers = {name: number for number, name in enumerate(classes)}
     files = ImageFolder.make_dataset(str(root / split), numbers, is_valid_file=is_visible, allow_empty=True)
     samples = [(path, label) for path, label in files if is_image_file(path)]
     if len(samples) < len(files):
         formats = sorted({Path(path).suffix or Path(path).name for path, _ in files if not is_image_file(path)})
-        print(f"WARNING: skipped {len(files) - len(samples)} files in {root / split} that are no images, or of a format "
-              f"that torchvision does not read: {', '.join(formats)}", file=sys.stderr)  # fmt: skip
+        print(f"WARNING: {len(files) - len(samples)} files in {root / split} are skipped: no image format that "
+              f"torchvision reads ({', '.join(formats)})", file=sys.stderr)  # fmt: skip
     labels = torch.tensor([label for _, label in samples])
-    if len(labels.unique()) != CLASSES or classes != class_names(root / "train"):
-        raise ValueError(f"{root / split} has images of {len(labels.unique())} classes ({', '.join(classes)}); "
-                         f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
+    if empty := sorted({*classes} - {classes[label] for label in labels.unique()}):
+        raise ValueError(f"{root / split} has no images of the classes {', '.join(empty)}")
     images = torch.empty(len(samples), 32, 32, 3, dtype=torch.uint8)
     for row, (path, _) in enumerate(tqdm(samples, f"reading {split} images", leave=False, disable=None)):
         try:

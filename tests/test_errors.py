@@ -52,7 +52,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         yield SimpleNamespace(home=tmp_path, start=start)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cifar, "HOME", tmp_path / "cache" / "cifar10")
+    monkeypatch.setattr(cifar, "DATA_DIR", tmp_path / "cache" / "cifar10")
     monkeypatch.setattr(launch, "session", session)
     monkeypatch.setattr(launch, "await_server", lambda *_: pytest.fail("it went on to serve"))
     for proxy in ("http_proxy", "https_proxy"):
