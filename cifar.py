@@ -147,9 +147,9 @@ def find_data(root: str | None = None) -> str:
 
 
 def decode(root: Path, split: str) -> Data:
-    """Read the images of a split, scaled to 32×32. Raises ValueError if one is damaged, or if a class has none."""
-    from torchvision.datasets import CIFAR10, ImageFolder
-    from torchvision.datasets.folder import is_image_file, pil_loader
+    """Read the images of a split, scaled to 32×32. Raises ValueError if data are missing or damaged."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.folder import pil_loader
 
     if not (root / "train").is_dir():
         try:
@@ -157,27 +157,34 @@ def decode(root: Path, split: str) -> Data:
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{root / ORIGINAL} is damaged; remove it to download it again ({error})") from None
         return torch.from_numpy(original.data.copy()), torch.tensor(original.targets)
-    classes = class_names(root / split)
-    if len(classes) != CLASSES or classes != class_names(root / "train"):
-        raise ValueError(f"{root / split} has {len(classes)} classes ({', '.join(classes)}); "
-                         f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
-    numbers = {name: number for number, name in enumerate(classes)}
-    files = ImageFolder.make_dataset(str(root / split), numbers, is_valid_file=is_visible, allow_empty=True)
-    samples = [(path, label) for path, label in files if is_image_file(path)]
-    if len(samples) < len(files):
-        formats = sorted({Path(path).suffix or Path(path).name for path, _ in files if not is_image_file(path)})
-        print(f"WARNING: {len(files) - len(samples)} files in {root / split} are skipped: no image format that "
-              f"torchvision reads ({', '.join(formats)})", file=sys.stderr)  # fmt: skip
-    labels = torch.tensor([label for _, label in samples])
-    if empty := sorted({*classes} - {classes[label] for label in labels.unique()}):
-        raise ValueError(f"{root / split} has no images of the classes {', '.join(empty)}")
+    samples = list_images(root, split)
     images = torch.empty(len(samples), 32, 32, 3, dtype=torch.uint8)
     for row, (path, _) in enumerate(tqdm(samples, f"reading {split} images", leave=False, disable=None)):
         try:
             images[row] = torch.from_numpy(np.array(pil_loader(path).resize((32, 32))))
         except Exception as error:  # each format has its own
             raise ValueError(f"image {path} is damaged: {error}") from None
-    return images, labels
+    return images, torch.tensor([label for _, label in samples])
+
+
+def list_images(root: Path, split: str) -> list[tuple[str, int]]:
+    """Return the path and label of each image of a split. Raises ValueError if a class is missing or has no image."""
+    from torchvision.datasets.folder import is_image_file, make_dataset
+
+    classes = class_names(root / split)
+    if len(classes) != CLASSES or classes != class_names(root / "train"):
+        raise ValueError(f"{root / split} has {len(classes)} classes ({', '.join(classes)}); "
+                         f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
+    labels = {name: label for label, name in enumerate(classes)}
+    files = make_dataset(root / split, labels, is_valid_file=is_visible, allow_empty=True)
+    samples = [(path, label) for path, label in files if is_image_file(path)]
+    if len(samples) < len(files):
+        formats = sorted({Path(path).suffix or Path(path).name for path, _ in files if not is_image_file(path)})
+        print(f"WARNING: {len(files) - len(samples)} files in {root / split} are skipped: no image format that "
+              f"torchvision reads ({', '.join(formats)})", file=sys.stderr)  # fmt: skip
+    if empty := sorted({*classes} - {classes[label] for _, label in samples}):
+        raise ValueError(f"{root / split} has no images of the classes {', '.join(empty)}")
+    return samples
 
 
 def class_names(folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import cifar
@@ -294,6 +295,21 @@ def test_command_saves_the_model_that_it_reports(command: SimpleNamespace) -> No
     _, _, test_loss, reported, _ = command.text.splitlines()[-2].split()
     assert reported == f"{accuracy:.4f}"
     assert float(test_loss) == pytest.approx(loss, abs=2e-4)
+
+
+def test_command_names_what_it_skips_in_a_folder_of_images(terminals: Terminals) -> None:
+    for split in ("train", "test"):
+        for number in range(10):
+            folder = terminals.folder / "mine" / split / f"class {number}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(folder / "a.png")
+            (folder / "b.heic").write_bytes(b"of a format that is not read")
+        (terminals.folder / "mine" / split / ".ipynb_checkpoints").mkdir()
+    status, text = terminals.run("cifar.py", "--data", "mine", "--epochs", "1", **ONE_THREAD)
+    warnings, rest = text.splitlines()[:2], text.splitlines()[2:]
+    said = "WARNING: 10 files in {} are skipped: no image format that torchvision reads (.heic)"
+    assert status == 0 and warnings == [said.format(terminals.folder / "mine" / split) for split in ("train", "test")]
+    assert rest[0] == f"10 training and 10 test images: {terminals.folder / 'mine'}; device: cpu"
 
 
 # ---------------------------------------------------------------------------------------------- CIFAR-10 as it comes

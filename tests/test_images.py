@@ -140,7 +140,7 @@ def test_files_that_are_no_images_are_counted_and_named_in_a_warning(
 ) -> None:
     for file in ("train/cat/a.heic", "train/dog/b.HEIC", "train/dog/Thumbs.db", "train/ship/README", "test/cat/c.svg"):
         (folder / file).write_text("no image of a known format")
-    (x_train, y_train), (x_test, _) = reader.load(folder)
+    (_, y_train), (x_test, _) = reader.load(folder)
     assert y_train.tolist() == [label for label in range(10) for _ in range(2)] and len(x_test) == 10
     train, test = capsys.readouterr().err.splitlines()
     assert train.startswith(f"WARNING: 4 files in {folder / 'train'} are skipped: ") and test.startswith("WARNING: 1 ")
@@ -187,7 +187,7 @@ def test_images_are_decoded_once(reader: Reader, folder: Path) -> None:
     for one, other in zip(chain(*first), chain(*second), strict=True):
         assert np.array_equal(one, other) and one.dtype == other.dtype
     assert len(reader.cached()) == (1 if reader.is_torch else 2), "nothing unfinished is left"
-    assert 3072 * 30 < sum(path.stat().st_size for path in reader.cached()) < 3080 * 30 + 2000
+    assert 3072 * 30 < sum(path.stat().st_size for path in reader.cached()) < 3080 * 30 + 4000
 
 
 def test_what_is_done_to_loaded_images_stays_out_of_the_cache(reader: Reader, folder: Path) -> None:
