@@ -140,9 +140,9 @@ def find_data(root: str | None = None) -> str:
         return str(folder)
     except Exception as error:  # the lack of a network shows in many ways
         if root:
-            raise ValueError(f"data folder {folder} is empty, and CIFAR-10 cannot be downloaded: {error}") from None
+            raise ValueError(f"{folder} has no train/ and test/, and CIFAR-10 cannot be downloaded: {error}") from None
     print(f"WARNING: {DATA_DIR} has no CIFAR-10, and it cannot be downloaded. Using a small EMBEDDED data set,\n"
-          "WARNING: which tells nothing of CIFAR-10. For your own images: --data DIR.", file=sys.stderr)  # fmt: skip
+          "WARNING: not CIFAR-10. To train on your own images, use --data DIR.", file=sys.stderr)  # fmt: skip
     return EMBEDDED
 
 

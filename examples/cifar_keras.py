@@ -170,7 +170,7 @@ def find_data(root: str | None = None) -> str:
     except Exception as error:  # no network shows itself in many ways, and each has the same remedy
         if root:
             why = " ".join(str(error).split())
-            raise ValueError(f"data folder {folder} is empty, and CIFAR-10 cannot be downloaded: {why}") from None
+            raise ValueError(f"{folder} has no train/ and test/, and CIFAR-10 cannot be downloaded: {why}") from None
     print(
         f"WARNING: {DATA_DIR} has no CIFAR-10, and it cannot be downloaded. Using a small EMBEDDED data set instead:\n"
         "WARNING: its accuracies say nothing about CIFAR-10. Name your own images with --data DIR.",

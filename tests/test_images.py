@@ -314,7 +314,7 @@ def test_a_missing_folder(tmp_path: Path, refused: Any) -> None:
 
 def test_an_empty_folder_without_a_network(tmp_path: Path, refused: Any) -> None:
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "is empty", "cannot be downloaded", "no network")
+    refused(tmp_path / "empty", "has no train/ and test/", "cannot be downloaded", "no network")
 
 
 def test_a_file_instead_of_a_folder(tmp_path: Path, refused: Any) -> None:
