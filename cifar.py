@@ -158,13 +158,13 @@ def decode(root: Path, split: str) -> Data:
             raise ValueError(f"{root / ORIGINAL} is damaged; remove it to download it again ({error})") from None
         return torch.from_numpy(original.data.copy()), torch.tensor(original.targets)
     samples = list_images(root, split)
-    images = torch.empty(len(samples), 32, 32, 3, dtype=torch.uint8)
+    images = np.empty((len(samples), 32, 32, 3), np.uint8)
     for row, (path, _) in enumerate(tqdm(samples, f"reading {split} images", leave=False, disable=None)):
         try:
-            images[row] = torch.from_numpy(np.array(pil_loader(path).resize((32, 32))))
+            images[row] = pil_loader(path).resize((32, 32))
         except Exception as error:  # each format has its own
             raise ValueError(f"image {path} is damaged: {error}") from None
-    return images, torch.tensor([label for _, label in samples])
+    return torch.from_numpy(images), torch.tensor([label for _, label in samples])
 
 
 def list_images(root: Path, split: str) -> list[tuple[str, int]]:
