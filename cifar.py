@@ -26,10 +26,9 @@ from tqdm import tqdm
 Data = tuple[Tensor, Tensor]  # images (n, 32, 32, 3) uint8, labels (n,) int64
 
 CLASSES = 10
-PIXELS = 32 * 32 * 3
-HOME = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cifar10"  # where CIFAR-10 is looked for
+DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cifar10"
 ORIGINAL = "cifar-10-batches-py"  # the folder that CIFAR-10 comes in
-EMBEDDED = "embedded"  # the name of the generated stand-in, for machines that have neither data nor a network
+EMBEDDED = "embedded"  # the name of the generated data set, for machines that have neither data nor a network
 
 
 class Net(nn.Module):
@@ -52,18 +51,10 @@ class Net(nn.Module):
 
 
 def train(
-    net: nn.Module,
-    data: Data,
-    *,
-    epochs: int = 5,
-    lr: float = 0.007,
-    batch_size: int = 32,
-    momentum: float = 0.9,
-    weight_decay: float = 5e-4,
-    seed: int = 0,
-    device: str = "auto",
+    net: nn.Module, data: Data, *, epochs: int = 5, lr: float = 0.007, batch_size: int = 32, momentum: float = 0.9,
+    weight_decay: float = 5e-4, seed: int = 0, device: str = "auto",
     after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> float:
+) -> float:  # fmt: skip
     """Train `net` in place with SGD and return the mean loss per sample of the last epoch.
 
     Each epoch visits every sample once, in an order drawn from `seed + epoch` (counted from 0), so that E calls
@@ -106,104 +97,103 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is the fastest one here. Raises ValueError where it is missing."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name != "auto" and not here[name]:
-        raise ValueError(f"device {name} is not available here; use one of: {', '.join(d for d in here if here[d])}")
-    return torch.device(name if name != "auto" else next(device for device in here if here[device]))
-
-
-# ---------------------------------------------------------------------------------------------------------- data
+    """Return the device called `name`; "auto" is the accelerator of this machine, or its CPU if it has none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(name) if name != "auto" else accelerator or torch.device("cpu")
 
 
 def load_data(root: str | None = None) -> tuple[Data, Data]:
-    """Return `(x_train, y_train), (x_test, y_test)` from the place that `find_data(root)` names."""
+    """Return `(x_train, y_train), (x_test, y_test)`, decoded once; then rows are read from a file as they are used."""
     source = find_data(root)
     if source == EMBEDDED:
         return embedded_data(10_000, seed=1), embedded_data(2_000, seed=2)
-    return load_split(Path(source), "train"), load_split(Path(source), "test")
+    folders = [at for name in ("train", "test", ORIGINAL) for at, _, _ in os.walk(Path(source, name), followlinks=True)]
+    files = [(file.path, file.stat().st_size, file.stat().st_mtime_ns) for at in folders for file in os.scandir(at)]
+    digest = hashlib.sha256(repr(sorted(files)).encode()).hexdigest()  # another one when any file has changed
+    cache = DATA_DIR.with_name("cifar10-decoded") / f"{digest[:16]}.pt"
+    try:
+        data: tuple[Data, Data] = torch.load(cache, mmap=True)
+    except (OSError, RuntimeError):  # missing or damaged
+        data = decode(Path(source), "train"), decode(Path(source), "test")
+        try:
+            save(data, cache)
+        except OSError as error:
+            print(f"WARNING: decoded images are not kept for the next start: {error}", file=sys.stderr)
+    return data
 
 
 def find_data(root: str | None = None) -> str:
-    """Say where the data are: in `root`, in the usual place (CIFAR-10 is downloaded if need be), or embedded here.
-
-    Data that were named are never replaced: raises ValueError if `root` is not there or holds no data.
-    """
-    folder = Path(root or HOME).expanduser().absolute()
+    """Return the folder that has the data, or EMBEDDED if there is none. Raises ValueError if `root` has none."""
     if root == EMBEDDED:
         return EMBEDDED
+    folder = Path(root or DATA_DIR).expanduser().absolute()
     if (folder / "train").is_dir() or (folder / ORIGINAL).is_dir():
         return str(folder)
     if root and not folder.is_dir():
-        raise ValueError(f"data folder {folder} does not exist; name one with train/<class>/ and test/<class>/ images")
+        raise ValueError(f"data folder {folder} does not exist")
+    if root and {path.name for path in folder.iterdir()} - {"cifar-10-python.tar.gz"}:  # CIFAR-10 must not replace it
+        raise ValueError(f"data folder {folder} has no train/<class>/ and test/<class>/ with images, nor CIFAR-10")
     try:
-        from torchvision.datasets import CIFAR10
+        from torchvision.datasets import CIFAR10  # here, because it takes as long to import as torch itself
 
         CIFAR10(folder, download=True)
         return str(folder)
-    except Exception as error:  # no network shows itself in many ways, and each has the same remedy
+    except Exception as error:  # the lack of a network shows in many ways
         if root:
             raise ValueError(f"{folder} has no train/ and test/, and CIFAR-10 cannot be downloaded: {error}") from None
-    print(
-        f"WARNING: {HOME} has no CIFAR-10, and it cannot be downloaded. Using a small EMBEDDED data set instead:\n"
-        "WARNING: its accuracies say nothing about CIFAR-10. Name your own images with --data DIR.",
-        file=sys.stderr,
-    )
-    return EMBEDDED  # fmt: skip
+    print(f"WARNING: {DATA_DIR} has no CIFAR-10, and it cannot be downloaded. Using a small EMBEDDED data set,\n"
+          "WARNING: not CIFAR-10. To train on your own images, use --data DIR.", file=sys.stderr)  # fmt: skip
+    return EMBEDDED
 
 
-def load_split(root: Path, split: str) -> Data:
-    """Return one split as views of a file of decoded images, made on first use: only rows that are used are read."""
-    folder = root / split if (root / "train").is_dir() else root / ORIGINAL
-    if not folder.is_dir():
-        raise ValueError(f"{root} has no folder {split}/; images belong in {split}/<class>/")
-    classes = sorted(path.name for path in root.glob("train/*/"))
-    cache = HOME.parent / "cifar10-decoded" / f"{split}-{fingerprint(folder, classes)}.npy"
-    try:
-        decoded = np.load(cache, mmap_mode="c")
-    except (OSError, ValueError, EOFError):
-        decoded = decode(root, split)
+def decode(root: Path, split: str) -> Data:
+    """Read the images of a split, scaled to 32×32. Raises ValueError if data are missing or damaged."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.folder import pil_loader
+
+    if not (root / "train").is_dir():
         try:
-            write_atomically(cache, lambda path: np.save(path, decoded))
-        except OSError as error:
-            print(f"WARNING: decoded images are not kept for the next start: {error}", file=sys.stderr)
-    labels, images = np.split(decoded, [len(decoded) // (PIXELS + 1)])
-    return torch.from_numpy(images).view(-1, 32, 32, 3), torch.from_numpy(labels).long()
-
-
-def fingerprint(folder: Path, classes: list[str]) -> str:
-    """Digest the names, sizes and times of all files below `folder`, so that an edited data set is decoded anew."""
-    digest = hashlib.sha256(repr(classes).encode())
-    for directory, _, _ in sorted(os.walk(folder)):
-        with os.scandir(directory) as entries:
-            facts = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
-        digest.update(repr((directory, facts)).encode())
-    return digest.hexdigest()[:16]
-
-
-def decode(root: Path, split: str) -> np.ndarray:
-    """Return the n labels of a split, and then its n × 3,072 pixel values, as one flat array of bytes."""
-    from torchvision.datasets import CIFAR10, ImageFolder  # here, for they take as long to import as all of torch
-
-    try:
-        if not (root / "train").is_dir():
             original = CIFAR10(root, train=split == "train")
-            return np.concatenate([np.array(original.targets, np.uint8), original.data.ravel()])
-        folder, classes = ImageFolder(root / split), ImageFolder(root / "train").classes
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"no usable data in {root}: {error}; remove or mend it") from None
-    if len(classes) != CLASSES or folder.classes != classes:
-        raise ValueError(f"{root / split} has the {len(folder.classes)} classes {', '.join(folder.classes)}; "
-                         f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
-    decoded = np.empty(len(folder) * (PIXELS + 1), np.uint8)
-    decoded[: len(folder)] = folder.targets
-    pixels = decoded[len(folder) :].reshape(-1, PIXELS)
-    for row, (path, _) in enumerate(tqdm(folder.samples, f"reading {split} images", leave=False, disable=None)):
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{root / ORIGINAL} is damaged; remove it to download it again ({error})") from None
+        return torch.from_numpy(original.data.copy()), torch.tensor(original.targets)
+    samples = list_images(root, split)
+    images = np.empty((len(samples), 32, 32, 3), np.uint8)
+    for row, (path, _) in enumerate(tqdm(samples, f"reading {split} images", leave=False, disable=None)):
         try:
-            pixels[row] = np.asarray(folder.loader(path).resize((32, 32))).ravel()
+            images[row] = pil_loader(path).resize((32, 32))
         except Exception as error:  # each format has its own
             raise ValueError(f"image {path} is damaged: {error}") from None
-    return decoded
+    return torch.from_numpy(images), torch.tensor([label for _, label in samples])
+
+
+def list_images(root: Path, split: str) -> list[tuple[str, int]]:
+    """Return the path and label of each image of a split. Raises ValueError if a class is missing or has no image."""
+    from torchvision.datasets.folder import is_image_file, make_dataset
+
+    classes = class_names(root / split)
+    if len(classes) != CLASSES or classes != class_names(root / "train"):
+        raise ValueError(f"{root / split} has {len(classes)} classes ({', '.join(classes)}); "
+                         f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
+    labels = {name: label for label, name in enumerate(classes)}
+    files = make_dataset(root / split, labels, is_valid_file=is_visible, allow_empty=True)
+    samples = [(path, label) for path, label in files if is_image_file(path)]
+    if len(samples) < len(files):
+        formats = sorted({Path(path).suffix or Path(path).name for path, _ in files if not is_image_file(path)})
+        print(f"WARNING: {len(files) - len(samples)} files in {root / split} are skipped: no image format that "
+              f"torchvision reads ({', '.join(formats)})", file=sys.stderr)  # fmt: skip
+    if empty := sorted({*classes} - {classes[label] for _, label in samples}):
+        raise ValueError(f"{root / split} has no images of the classes {', '.join(empty)}")
+    return samples
+
+
+def class_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*/") if is_visible(path))
+
+
+def is_visible(path: str | Path) -> bool:
+    """Tell whether the user knows of a file or folder, unlike of .ipynb_checkpoints, .DS_Store and __MACOSX."""
+    return not Path(path).name.startswith((".", "__"))
 
 
 def embedded_data(samples: int, seed: int) -> Data:
@@ -216,34 +206,29 @@ def embedded_data(samples: int, seed: int) -> Data:
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-# ------------------------------------------------------------------------------------------------------- command
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, and move it there once it is whole."""
+def save(value: object, path: Path) -> None:
+    """Write `value` to a file that nobody sees half written. Raises OSError if the disk is full."""
+    torch.save(value, content := io.BytesIO())
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}-{os.getpid()}.unfinished{path.suffix}")
-    try:
-        write(unfinished)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder, path.name)
+        unfinished.write_bytes(content.getbuffer())
         unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--data", metavar="DIR", help="images in DIR/train/<class>/ and DIR/test/<class>/, or CIFAR-10")
-    parser.add_argument("--epochs", type=number(int, 1), default=5, metavar="N")
-    parser.add_argument("--batch-size", type=number(int, 1), default=32, metavar="N")
-    parser.add_argument("--lr", type=number(float, 1e-9), default=0.007, metavar="F", help="learning rate")
-    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--epochs", type=int, default=5, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--lr", type=float, default=0.007, metavar="F", help="learning rate")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--device", choices=sorted({"auto", "cpu", pick_device("auto").type}), default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/centralized"), metavar="DIR", help="for model.pt")
     args = parser.parse_args()
-    try:
-        pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    for option, least in {"epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0}.items():
+        if not least <= (value := getattr(args, option)) < 2**31:
+            parser.error(f"argument --{option.replace('_', '-')}: {value} is not in the range {least} to {2**31 - 1}")
     try:
         run(args)
     except (ValueError, OSError) as error:
@@ -254,12 +239,12 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train for `args.epochs`, and print a line and save the model after each."""
-    device = pick_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # a folder that cannot be written should show before the training
     source = find_data(args.data)
     train_data, test_data = load_data(source)
-    print(f"{len(train_data[1]):,} training and {len(test_data[1]):,} test images: {source}; device: {device}")
+    print(f"{len(train_data[1]):,} training and {len(test_data[1]):,} test images: {source}; "
+          f"device: {pick_device(args.device)}")  # fmt: skip
     print("epoch  train loss  test loss  accuracy  seconds")
     torch.manual_seed(args.seed)
     net = Net()
@@ -269,26 +254,13 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         test_loss, accuracy = test(net, test_data, device=args.device)
         print(f"{epoch:5}  {train_loss:10.4f}  {test_loss:9.4f}  {accuracy:8.4f}  {seconds:7.1f}", flush=True)
-        torch.save(net.state_dict(), model := io.BytesIO())
-        write_atomically(args.out / "model.pt", lambda path: path.write_bytes(model.getvalue()))
+        save(net.state_dict(), args.out / "model.pt")
 
     train(
         net, train_data, epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed,
         device=args.device, after_epoch=after_epoch,
     )  # fmt: skip
     print(f"saved {args.out / 'model.pt'}")
-
-
-def number(kind: Callable[[str], float], least: float) -> Callable[[str], float]:
-    """Return an argparse type for a `kind` of number between `least` and 2³¹ - 1."""
-
-    def parse(text: str) -> float:
-        if not least <= (value := kind(text)) < 2**31:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {least} to {2**31 - 1} is allowed")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def bare(data: cifar.Data) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=cifar.HOME, help="an image folder")
+    parser.add_argument("--data", type=Path, default=cifar.DATA_DIR, help="an image folder")
     parser.add_argument("--samples", type=int, default=20_000, help="per measurement")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

@@ -41,8 +41,8 @@ def show(name: str, seconds: list[float]) -> None:
 def command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default=cifar.EMBEDDED, metavar="DIR", help="as in cifar.py (default: embedded)")
-    parser.add_argument("--rounds", type=cifar.number(int, 2), default=4, metavar="R")
-    parser.add_argument("--repeats", type=cifar.number(int, 1), default=1, metavar="N")
+    parser.add_argument("--rounds", type=int, default=4, metavar="R")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N")
     args = parser.parse_args()
     own, other = [], []
     for _ in range(args.repeats):

@@ -50,7 +50,7 @@ def decode(data: Path) -> None:
 def command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="an image folder")
-    parser.add_argument("--repeats", type=cifar.number(int, 1), default=1, metavar="N")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N")
     args = parser.parse_args()
     data = args.data.expanduser().absolute()
     decode(data)

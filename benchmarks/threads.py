@@ -82,9 +82,9 @@ def federated(data: str, rounds: int) -> None:
 def command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", metavar="DIR", help="as in cifar.py")
-    parser.add_argument("--repeats", type=cifar.number(int, 1), default=3, metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--federated", action="store_true", help="compare with real clients")
-    parser.add_argument("--rounds", type=cifar.number(int, 1), default=3, metavar="R", help="with --federated")
+    parser.add_argument("--rounds", type=int, default=3, metavar="R", help="with --federated")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

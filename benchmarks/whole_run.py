@@ -41,8 +41,8 @@ def command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--baseline", type=Path, required=True, metavar="DIR", help="a checkout of the other version")
     parser.add_argument("--data", metavar="DIR", help="as in cifar.py")
-    parser.add_argument("--rounds", type=cifar.number(int, 1), default=3, metavar="R")
-    parser.add_argument("--repeats", type=cifar.number(int, 1), default=3, metavar="N")
+    parser.add_argument("--rounds", type=int, default=3, metavar="R")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
     args = parser.parse_args()
     os.environ.pop("PYTHONPATH", None)  # each checkout imports its own files
     data, seconds, digests = cifar.find_data(args.data), {"baseline": [], "ours": []}, set()

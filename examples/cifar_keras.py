@@ -34,7 +34,7 @@ Data = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images (n, 32, 32, 3), lab
 
 CLASSES = 10
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-HOME = CACHE / "cifar10"  # where CIFAR-10 is looked for
+DATA_DIR = CACHE / "cifar10"  # where CIFAR-10 is looked for
 EMBEDDED = "embedded"  # the name of the generated stand-in, for machines that have neither data nor a network
 ORIGINAL = "cifar-10-batches-py"  # the folder that CIFAR-10 comes in
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
@@ -139,9 +139,6 @@ def test(net: keras.Model, data: Data, *, batch_size: int = 500) -> tuple[float,
     return float(loss), float(accuracy)
 
 
-# ---------------------------------------------------------------------------------------------------------- data
-
-
 def load_data(root: str | None = None) -> tuple[Data, Data]:
     """Return `(x_train, y_train), (x_test, y_test)` from the place that `find_data(root)` names."""
     source = find_data(root)
@@ -156,13 +153,15 @@ def find_data(root: str | None = None) -> str:
 
     Data that were named are never replaced: raises ValueError if `root` is not there or holds no data.
     """
-    folder = Path(root or HOME).expanduser().absolute()
+    folder = Path(root or DATA_DIR).expanduser().absolute()
     if root == EMBEDDED:
         return EMBEDDED
     if (folder / "train").is_dir() or (folder / ORIGINAL).is_dir():
         return str(folder)
     if root and not folder.is_dir():
-        raise ValueError(f"data folder {folder} does not exist; name one with train/<class>/ and test/<class>/ images")
+        raise ValueError(f"data folder {folder} does not exist")
+    if root and any(folder.iterdir()):  # CIFAR-10 must not take the place of what is in it
+        raise ValueError(f"data folder {folder} has no train/<class>/ and test/<class>/ with images, nor CIFAR-10")
     try:
         archive = keras.utils.get_file("cifar-10.tar.gz", URL, file_hash=SHA256, cache_dir=CACHE, cache_subdir="")
         with tarfile.open(archive) as files:
@@ -173,7 +172,7 @@ def find_data(root: str | None = None) -> str:
             why = " ".join(str(error).split())
             raise ValueError(f"{folder} has no train/ and test/, and CIFAR-10 cannot be downloaded: {why}") from None
     print(
-        f"WARNING: {HOME} has no CIFAR-10, and it cannot be downloaded. Using a small EMBEDDED data set instead:\n"
+        f"WARNING: {DATA_DIR} has no CIFAR-10, and it cannot be downloaded. Using a small EMBEDDED data set instead:\n"
         "WARNING: its accuracies say nothing about CIFAR-10. Name your own images with --data DIR.",
         file=sys.stderr,
     )
@@ -195,13 +194,25 @@ def load_original(root: Path, split: str) -> Data:
 
 def load_folder(root: Path, split: str) -> Data:
     """Return one split of the images in `root/<split>/<class>/`, scaled to 32×32 if need be."""
-    train_classes, classes = (sorted(path.name for path in root.glob(f"{name}/*/")) for name in ("train", split))
-    files = sorted(path for path in root.glob(f"{split}/*/*") if path.suffix.lower() in IMAGES)
-    labels = np.array([classes.index(path.parent.name) for path in files], np.int64)
-    if len(classes) != CLASSES or classes != train_classes or set(labels) != set(range(CLASSES)):
-        raise ValueError(f"{root / split} has images of the {len(set(labels))} classes {', '.join(classes)}; "
+    classes = class_names(root / split)
+    if len(classes) != CLASSES or classes != class_names(root / "train"):
+        raise ValueError(f"{root / split} has {len(classes)} classes ({', '.join(classes)}); "
                          f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
+    paths = sorted(path for name in classes for path in (root / split / name).iterdir() if path.name[0] != ".")
+    files = [path for path in paths if path.suffix.lower() in IMAGES]
+    if len(files) < len(paths):
+        formats = sorted({path.suffix or path.name for path in paths if path.suffix.lower() not in IMAGES})
+        print(f"WARNING: {len(paths) - len(files)} files in {root / split} are skipped: no image format that "
+              f"Keras reads ({', '.join(formats)})", file=sys.stderr)  # fmt: skip
+    if empty := sorted({*classes} - {path.parent.name for path in files}):
+        raise ValueError(f"{root / split} has no images of the classes {', '.join(empty)}")
+    labels = np.array([classes.index(path.parent.name) for path in files], np.int64)
     return decoded(files, split), labels
+
+
+def class_names(folder: Path) -> list[str]:
+    """Return the names of the folders in `folder`, but for .ipynb_checkpoints, __MACOSX and others of their kind."""
+    return sorted(path.name for path in folder.glob("*/") if not path.name.startswith((".", "__")))
 
 
 def decoded(files: list[Path], split: str) -> NDArray[np.uint8]:
@@ -212,10 +223,7 @@ def decoded(files: list[Path], split: str) -> NDArray[np.uint8]:
         return np.load(cache, mmap_mode="r")
     images = np.stack([decode(path) for path in tqdm(files, f"reading {split} images", leave=False, disable=None)])
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_suffix(f".{os.getpid()}.npy")
-        np.save(unfinished, images)
-        unfinished.replace(cache)
+        save(lambda path: np.save(path, images), cache)
     except OSError as error:
         print(f"WARNING: decoded images are not kept for the next start: {error}", file=sys.stderr)
     return images
@@ -238,7 +246,12 @@ def embedded_data(samples: int, seed: int) -> Data:
     return images, labels
 
 
-# ------------------------------------------------------------------------------------------------------- command
+def save(write: Callable[[Path], object], path: Path) -> None:
+    """Let `write` fill a file, and put it at `path` when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        write(Path(folder, path.name))
+        Path(folder, path.name).replace(path)
 
 
 def main() -> None:
@@ -250,10 +263,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/cifar_keras"), metavar="DIR", help="for model.keras")
     args = parser.parse_args()
-    if not all(least <= value < 2**31 for least, value in (
-        (1, args.epochs), (1, args.batch_size), (1e-9, args.lr), (0, args.seed),
-    )):  # fmt: skip
-        parser.error(f"--epochs, --batch-size and --lr must be above 0, --seed not below it, and all below {2**31}")
+    for option, least in {"epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0}.items():
+        if not least <= (value := getattr(args, option)) < 2**31:
+            parser.error(f"argument --{option.replace('_', '-')}: {value} is not in the range {least} to {2**31 - 1}")
     try:
         run(args)
     except (ValueError, OSError) as error:
@@ -278,9 +290,7 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         test_loss, accuracy = test(net, test_data)
         print(f"{epoch:5}  {train_loss:10.4f}  {test_loss:9.4f}  {accuracy:8.4f}  {seconds:7.1f}", flush=True)
-        unfinished = args.out / f"model-{os.getpid()}.unfinished.keras"
-        net.save(unfinished)
-        unfinished.replace(args.out / "model.keras")
+        save(net.save, args.out / "model.keras")
 
     train(
         net, train_data, epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed,

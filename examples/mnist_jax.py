@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 Data = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images (n, 28, 28), labels (n,)
 
 CLASSES = 10
-HOME = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mnist"  # where MNIST is looked for
+DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mnist"  # where MNIST is looked for
 EMBEDDED = "embedded"  # the name of the generated stand-in, for machines that have neither data nor a network
 URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
@@ -142,9 +142,6 @@ def load(path: Path | str) -> Net:
     return net
 
 
-# ---------------------------------------------------------------------------------------------------------- data
-
-
 def load_data(root: str | None = None) -> tuple[Data, Data]:
     """Return `(x_train, y_train), (x_test, y_test)` from the place that `find_data(root)` names."""
     source = find_data(root)
@@ -162,7 +159,7 @@ def find_data(root: str | None = None) -> str:
 
     Data that were named are never replaced: raises ValueError if `root` holds neither mnist.npz nor the four IDX files.
     """
-    place = Path(root or HOME).expanduser().absolute()
+    place = Path(root or DATA_DIR).expanduser().absolute()
     if root == EMBEDDED:
         return EMBEDDED
     if place.suffix == ".npz" and place.is_file():
@@ -177,10 +174,10 @@ def find_data(root: str | None = None) -> str:
     try:
         import pooch
 
-        return str(pooch.retrieve(URL, SHA256, fname="mnist.npz", path=HOME))
+        return str(pooch.retrieve(URL, SHA256, fname="mnist.npz", path=DATA_DIR))
     except Exception as error:  # no network shows itself in many ways, and each has the same remedy
         print(
-            f"WARNING: {HOME} has no MNIST, and it cannot be downloaded ({type(error).__name__}). Using a small\n"
+            f"WARNING: {DATA_DIR} has no MNIST, and it cannot be downloaded ({type(error).__name__}). Using a small\n"
             "WARNING: EMBEDDED data set instead: its accuracies say nothing about MNIST. Name yours with --data.",
             file=sys.stderr,
         )
@@ -233,9 +230,6 @@ def embedded_data(samples: int, seed: int) -> Data:
     return images, labels
 
 
-# ------------------------------------------------------------------------------------------------------- command
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--data", metavar="PATH", help="mnist.npz, or a folder with the four IDX files")
@@ -245,10 +239,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/mnist_jax"), metavar="DIR", help="for model.npz")
     args = parser.parse_args()
-    if not all(least <= value < 2**31 for least, value in (
-        (1, args.epochs), (1, args.batch_size), (1e-9, args.lr), (0, args.seed),
-    )):  # fmt: skip
-        parser.error(f"--epochs, --batch-size and --lr must be above 0, --seed not below it, and all below {2**31}")
+    for option, least in {"epochs": 1, "batch_size": 1, "lr": 1e-9, "seed": 0}.items():
+        if not least <= (value := getattr(args, option)) < 2**31:
+            parser.error(f"argument --{option.replace('_', '-')}: {value} is not in the range {least} to {2**31 - 1}")
     try:
         run(args)
     except (ValueError, OSError) as error:
@@ -272,9 +265,9 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         test_loss, accuracy = test(net, test_data)
         print(f"{epoch:5}  {train_loss:10.4f}  {test_loss:9.4f}  {accuracy:8.4f}  {seconds:7.1f}", flush=True)
-        unfinished = args.out / f"model-{os.getpid()}.unfinished.npz"
-        save(net, unfinished)
-        unfinished.replace(args.out / "model.npz")
+        with tempfile.TemporaryDirectory(dir=args.out) as folder:  # so that model.npz is never seen half written
+            save(net, Path(folder, "model.npz"))
+            Path(folder, "model.npz").replace(args.out / "model.npz")
 
     train(
         net, train_data, epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed,

@@ -41,7 +41,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(keras.utils, "get_file", get_file)
     monkeypatch.setattr(cifar_keras, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(cifar_keras, "HOME", tmp_path / "cache" / "cifar10")
+    monkeypatch.setattr(cifar_keras, "DATA_DIR", tmp_path / "cache" / "cifar10")
     return tmp_path / "cache" / "cifar10"
 
 
@@ -426,7 +426,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     def refused(root: Path | None, *named: str) -> None:
         with pytest.raises(ValueError) as error:
             cifar_keras.load_data(root and str(root))
-        assert all(text in str(error.value) for text in (str(root or cifar_keras.HOME), *named)), error.value
+        assert all(text in str(error.value) for text in (str(root or cifar_keras.DATA_DIR), *named)), error.value
         assert len(str(error.value).splitlines()) == 1
         assert "EMBEDDED" not in capsys.readouterr().err
 

@@ -60,7 +60,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         yield SimpleNamespace(home=tmp_path, start=start, popen=popen)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cifar, "HOME", tmp_path / "cache" / "cifar10")
+    monkeypatch.setattr(cifar, "DATA_DIR", tmp_path / "cache" / "cifar10")
     monkeypatch.setattr(host, "process_group", process_group)
     monkeypatch.setattr(host, "await_server", lambda *_: pytest.fail("it went on to serve"))
     for proxy in ("http_proxy", "https_proxy"):

@@ -55,7 +55,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise OSError("no network")
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    monkeypatch.setattr(mnist_jax, "HOME", tmp_path / "cache" / "mnist")
+    monkeypatch.setattr(mnist_jax, "DATA_DIR", tmp_path / "cache" / "mnist")
     return tmp_path / "cache" / "mnist"
 
 

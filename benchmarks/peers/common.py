@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import cifar
-
 BATCH_SIZE = 32
 SEED = 0
 
@@ -49,4 +47,6 @@ class RoundLog:
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         row = {"round": len(self.rounds), "clients": clients, "server_accuracy": accuracy, "seconds": seconds}
         self.rounds.append(row)
-        cifar.write_atomically(self.file, lambda path: path.write_text(json.dumps({"rounds": self.rounds}), "utf-8"))
+        unfinished = self.file.with_suffix(".unfinished")  # since others watch the file
+        unfinished.write_text(json.dumps({"rounds": self.rounds}), "utf-8")
+        unfinished.replace(self.file)
