@@ -1,4 +1,4 @@
-"""The scripts of the guide "Federate your own script" are run and checked, and the check prints what the guide shows."""
+"""The scripts of the guide "Federate your own script" are run and checked; the check prints what the guide shows."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def checks(folder: Path) -> dict[str, Any]:
 
 def test_the_check_prints_what_the_guide_shows(folder: Path, checks: dict[str, Any]) -> None:
     printed, error = checks["before"]
-    [stated] = re.findall(r"says what is in the way:\n\n```\n(.*?)```", GUIDE, re.DOTALL)
+    [stated] = re.findall(r"lists the problems:\n\n```\n(.*?)```", GUIDE, re.DOTALL)
     said = f"{printed}{error}\n".replace(f"{folder}{os.sep}", "")
     said = re.sub("accuracy .*\n", "", said)  # which the script itself prints
     assert said == stated
