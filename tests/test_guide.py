@@ -1,4 +1,4 @@
-"""The guide "Federate your own script" keeps its word: its scripts are run, checked and compared."""
+"""The scripts of the guide "Federate your own script" are run and checked; the check prints what the guide shows."""
 
 import json
 import os
@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the scripts of the guide and flowers.csv, which has 150 rows of four figures and a class."""
+    """A folder with the scripts of the guide and flowers.csv, which has 150 rows of four numbers and a class."""
     folder = tmp_path_factory.mktemp("guide")
     for block in BLOCKS:
         if name := re.match(r"# (\w+\.py)\n", block):
@@ -67,7 +67,7 @@ print(json.dumps(outcomes))
 
 @pytest.fixture(scope="module")
 def checks(folder: Path) -> dict[str, Any]:
-    """What the check prints of each script, and exits with. It needs a process of its own, as it watches all files."""
+    """What the check prints for each script, and its exit status. It runs in a new process, as it watches all files."""
     command = [sys.executable, "-c", CHECKS, "before", "after", "smallest"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
@@ -75,14 +75,14 @@ def checks(folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_the_check_says_of_before_what_the_guide_says(folder: Path, checks: dict[str, Any]) -> None:
+def test_the_check_prints_what_the_guide_shows(folder: Path, checks: dict[str, Any]) -> None:
     printed, error = checks["before"]
-    [stated] = re.findall(r"says what is in the way:\n\n```\n(.*?)```", GUIDE, re.DOTALL)
+    [stated] = re.findall(r"lists the problems:\n\n```\n(.*?)```", GUIDE, re.DOTALL)
     said = f"{printed}{error}\n".replace(f"{folder}{os.sep}", "")
     said = re.sub("accuracy .*\n", "", said)  # which the script itself prints
     assert said == stated
 
 
 @pytest.mark.parametrize("script", ["after", "smallest"])
-def test_the_scripts_of_the_guide_pass_without_a_word(checks: dict[str, Any], script: str) -> None:
+def test_the_scripts_of_the_guide_pass_without_warnings(checks: dict[str, Any], script: str) -> None:
     assert checks[script] == [f"{script} can be federated\n", 0]

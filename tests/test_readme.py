@@ -1,69 +1,86 @@
-"""The README keeps its word: its counts are right, its files exist, and each of its commands is run."""
+"""The README and the pages in docs/ are right: links lead somewhere, and every command that they show is run."""
 
-import ast
-import io
 import json
 import re
 import shutil
-import tokenize
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, Terminals
+from tests.conftest import ROOT, Terminals, eventually
 from tests.test_terminals import free_port
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+COMMANDS = {
     line.split("  #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for page in PAGES
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     for line in block.splitlines()
     if line.strip()
-]
-RUN_ELSEWHERE = {  # by .ci/run, which calls make test and make demo; the latter consists of the others
-    "make demo", "make test", "python cifar.py", "python server.py", "python client.py",
+}
+RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo runs cifar.py, server.py and client.py
+    "make demo", "make test", "make test-slow", "make lint", "make install EXTRAS=dev,jax,keras",
+    "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
-    "python compare.py --quick",  # by test_compare
+    "python -m federation.compare --quick",  # by test_compare
+    "python -m federation.check my_script",  # by test_guide, with the scripts of the guide
+    "python -m pytest PROJECT/tests/test_ladder.py --task my_script",  # by test_examples, with scripts of its own
+    "python PROJECT/server.py --task my_script",
     "docker compose up --build --scale client=4",  # by test_containers, where there is an engine
     "docker build --target server -t flower_server . && docker build --target client -t flower_client .",
     "docker network create federation",
     "docker run --rm -d --name server --network federation flower_server --insecure --data embedded",
     "docker run --rm -d --network federation flower_client --server server:8080",
     "docker run --rm --network federation flower_client --server server:8080",
-    "python compare.py --data DIR", "python benchmarks/niid_bench.py --data DIR",  # by hand: they take hours
+    "python -m federation.compare --data DIR", "python benchmarks/niid_bench.py --data DIR",  # by hand: they take hours
+    ".venv/bin/pytest -m data",  # by hand: it needs the real CIFAR-10
+    "sh benchmarks/namespaces.sh",  # by hand: it needs root, and makes network interfaces
+    "sudo ufw allow from 203.0.113.0/24 to any port 8080 proto tcp",  # it opens a firewall
 }  # fmt: skip
 
 
-def code_lines(path: Path) -> int:
-    """Count the lines of a file that hold code: no blank lines, comments or docstrings."""
-    source = path.read_text()
-    docstrings = {
-        line
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
-        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
-    }
-    idle = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    lines = {line for token in tokens if token.type not in idle for line in range(token.start[0], token.end[0] + 1)}
-    return len(lines - docstrings)
+def without_code(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
-def test_the_cost_of_federating_is_as_stated() -> None:
-    stated = re.search(r"costs (\d+) lines of code in `client.py` and (\d+) in `server.py`", README)
-    assert stated is not None
-    assert (int(stated[1]), int(stated[2])) == (code_lines(ROOT / "client.py"), code_lines(ROOT / "server.py"))
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_file_tree_is_complete() -> None:
-    stated = re.findall(r"^    (\w+\.py)  ", README, re.MULTILINE)
-    assert sorted(stated) == sorted(path.name for path in (ROOT / "federation").glob("[!_]*.py"))
-    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
-            assert (page.parent / link).exists(), (page, link)
+def links(page: Path) -> list[tuple[Path, str]]:
+    """Return the file and the anchor ("" for none) of each link to another file of the project, or inside the page."""
+    targets = re.findall(r"\]\((?!\w+:)([^)]+)\)", without_code(page))
+    pairs = [target.partition("#")[::2] for target in targets]
+    return [((page.parent / path).resolve() if path else page, anchor) for path, anchor in pairs]
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 10_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for target, anchor in links(page):
+        assert target.exists(), f"{page.name}: {target} does not exist"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {target.name} has no heading #{anchor}"
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    assert set(PAGES) <= {ROOT / "README.md", *(target for target, _ in links(ROOT / "README.md"))}
+
+
+def test_the_run_config_is_documented_with_its_defaults() -> None:
+    documented = re.findall(r"^\| `([\w-]+)` \| `(.+?)` \|", (ROOT / "docs" / "run_config.md").read_text("utf-8"), re.M)
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert {key: tomllib.loads(f"default = {text}")["default"] for key, text in documented} == (
+        pyproject["tool"]["flwr"]["app"]["config"]
+    )
 
 
 def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
@@ -74,8 +91,12 @@ def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
 
 def test_every_command_is_run_by_a_test() -> None:
     source = Path(__file__).read_text().replace('\\"', '"')  # as the shell is to see it
-    for command in set(COMMANDS) - RUN_ELSEWHERE:
+    for command in COMMANDS - RUN_ELSEWHERE:
         assert f"'{command}'" in source or f'"{command}"' in source, f"no test runs: {command}"
+
+
+def test_no_command_is_excused_that_no_page_shows() -> None:
+    assert RUN_ELSEWHERE <= COMMANDS
 
 
 def metrics(folder: Path) -> dict:
@@ -106,9 +127,11 @@ def put_in_its_usual_place(data: Path, terminals: Terminals) -> None:
 def test_more_clients_and_rounds(terminals: Terminals, checkout: Path) -> None:
     put_in_its_usual_place(checkout / "DIR", terminals)
     server = terminals.shell("python server.py --clients 3 --rounds 2", checkout)
-    clients = [terminals.shell("python client.py", checkout) for _ in range(3)]
+    clients = [terminals.shell("python client.py", checkout) for _ in range(2)]
+    clients.append(terminals.shell("python client.py --own-data --data DIR", checkout))
     assert server.wait(400) == 0, server.text
     assert [client.wait(30) for client in clients] == [0, 0, 0]
+    assert "200 samples of its own: it was started with --own-data" in server.text
     assert [row["clients"] for row in metrics(checkout / "runs" / "federated")["rounds"]] == [None, 3, 3]
 
 
@@ -164,6 +187,7 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
     assert [sum(map(sum, held[split])) for split in ("train", "test")] == [10_000, 2_000]
     assert min(map(sum, held["train"])) < 700 and max(map(sum, held["train"])) > 1_000
     assert Image.open(checkout / "skewed" / "partitions.png").size > (500, 300)
+    put_in_its_usual_place(checkout / "DIR", terminals)
     command = 'python server.py --simulate 4 --run-config "learning-rate=0.01 local-epochs=2 fraction-train=0.5"'
     server = terminals.shell(command, checkout)
     assert server.wait(400) == 0, server.text
@@ -225,3 +249,15 @@ def test_flwr_run(terminals: Terminals, checkout: Path) -> None:
     bad = terminals.shell(f'{export} && flwr run . --stream --run-config "num-server-rounds=0"', checkout, **elsewhere)
     bad.wait()
     assert "num-server-rounds=0 is out of range" in bad.text
+    see_and_stop_the_superlink(terminals, checkout, elsewhere)
+
+
+def see_and_stop_the_superlink(terminals: Terminals, checkout: Path, elsewhere: dict[str, str]) -> None:
+    port = elsewhere["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
+    is_up = "curl -fs http://127.0.0.1:39091/health".replace("39091", port)
+    assert terminals.shell(is_up, checkout).wait() == 0
+    runs = terminals.shell("flwr list local", checkout, **elsewhere, COLUMNS="200")  # or the table breaks words
+    assert runs.wait() == 0 and "finished" in runs.text, runs.text
+    stop = "kill $(lsof -t -iTCP:39091 -sTCP:LISTEN)".replace("39091", port)
+    assert terminals.shell(stop, checkout).wait() == 0
+    eventually(lambda: terminals.shell(is_up, checkout).wait() != 0, 30)
