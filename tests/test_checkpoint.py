@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_closed(tmp_path: Path, recwarn: pytest.Warnings
     path.write_bytes(path.read_bytes()[:-30])
     check_refused(tmp_path, CHECKPOINT, "is damaged")
     gc.collect()
-    assert [warning for warning in recwarn if warning.category is ResourceWarning] == []
+    assert [warning for warning in recwarn if str(path) in str(warning.message)] == []
 
 
 @given(st.data())

@@ -50,8 +50,9 @@ def note(what):
     torch.seen = os.environ["SEEN"] = "yes"
 
 def train(net, data, *, epochs, batch_size, seed, lr=0.1):
-    note("train")
-    if (FOLDER / "notes.txt").read_text().count("train") == 2:
+    if len(data[1]) > 16:  # more than the server tries before it opens
+        note("train")
+    if (FOLDER / "notes.txt").exists() and (FOLDER / "notes.txt").read_text().count("train") == 2:
         while not (FOLDER / "go").exists():
             time.sleep(0.05)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
@@ -63,7 +64,8 @@ def train(net, data, *, epochs, batch_size, seed, lr=0.1):
     return loss.item()
 
 def test(net, data):
-    note("test")
+    if len(data[1]) > 16:
+        note("test")
     logits = net(data[0])
     loss = torch.nn.functional.cross_entropy(logits, data[1])
     return loss.item(), (logits.argmax(1) == data[1]).float().mean().item()

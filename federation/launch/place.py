@@ -40,17 +40,19 @@ def private_folder() -> Path:
         folder = Path(tempfile.gettempdir()) / f"federation-clients-{own}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
+    if is_private(folder, but_for=0o055):
+        folder.chmod(0o700)  # others could read it, as those that an earlier version has made, but not write to it
     if not is_private(folder):
         raise LaunchError(f"{folder} is no folder of yours with mode 0700: remove it, or set TMPDIR to another folder")
     return folder
 
 
-def is_private(folder: Path) -> bool:
-    """Tell whether this is a folder, no link to one, that belongs to this user and is closed to all others."""
+def is_private(folder: Path, but_for: int = 0) -> bool:
+    """Tell whether this is a folder, no link, that is this user's and closed to others, `but_for` these modes."""
     try:
         found = folder.lstat()
     except OSError:
         return False
     if not hasattr(os, "getuid"):  # Windows: what is in a user's temporary folder is closed to others
         return stat.S_ISDIR(found.st_mode)
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077 & ~but_for
