@@ -169,7 +169,7 @@ def find_data(root: str | None = None) -> str:
     if list(place.glob("train-images*")):
         return str(place)
     if root:
-        raise ValueError(f"{place} is no MNIST: name mnist.npz, or a folder with it or with train-images-idx3-ubyte.gz "
+        raise ValueError(f"{place} is not MNIST: name mnist.npz, or a folder with it or with train-images-idx3-ubyte.gz "
                          "and the three other files")  # fmt: skip
     try:
         import pooch
@@ -201,7 +201,7 @@ def idx(folder: Path, name: str) -> NDArray[np.uint8]:
     path = min(folder.glob(f"{name}*"), default=folder / name)  # -idx3-ubyte or .idx3-ubyte, and .gz
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if content[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is no IDX file of bytes")
+        raise ValueError(f"{path} is not an IDX file of bytes")
     shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 

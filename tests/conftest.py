@@ -27,7 +27,7 @@ TAG = "FEDERATION_TEST"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("ladder", "the equivalence ladder, tests/test_ladder.py")
+    group = parser.getgroup("ladder", "the equivalence ladder, tests/evidence/test_ladder.py")
     group.addoption("--task", default="cifar", metavar="MODULE", help="the script to climb it (default: cifar)")
     group.addoption("--data", default="", metavar="DIR", help="its data folder (default: the script's own choice)")
 
@@ -162,3 +162,25 @@ def module_terminals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Termi
     ours = Terminals(tmp_path_factory.mktemp("module"))
     yield ours
     ours.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def keys(terminals: Terminals) -> Path:
+    """Make an authority, a server's certificate and the keys of three clients, by the documented command."""
+    folder = terminals.folder / "keys"
+    names = ["--server", "localhost", "--client", "berlin", "paris", "rome"]
+    subprocess.run([sys.executable, "-m", "federation.certificates", folder, *names], cwd=ROOT, check=True)
+    from tests.tasks import TINY
+
+    (terminals.folder / "tiny.py").write_text(TINY)
+    return folder

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the gate need not wait for Flower
+if TYPE_CHECKING:  # the proxy need not wait for Flower
     from flwr.app import Context
     from flwr.serverapp import Grid
 

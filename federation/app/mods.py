@@ -22,7 +22,7 @@ def explain(message: Message, context: Context, call_next: ClientAppCallable) ->
 def play_clients(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Answer a bundle for each of its clients in turn: each gets its own message, and keeps a state of its own.
 
-    A client that fails costs its own reply only. Messages that are no bundles pass unchanged.
+    A client that fails costs its own reply only. Messages that are not bundles pass unchanged.
     """
     if bundle.INDEX not in message.content:
         return call_next(message, context)

@@ -20,8 +20,8 @@ REMEDIES = {
 def split(train_labels: Any, test_labels: Any, partitions: int, config: RunConfig) -> dict[str, list[Rows]]:
     """Return the rows of each partition in the training set ("train") and in the test set ("test").
 
-    Every row is in one partition exactly, no partition is empty, and the test set is dealt out as the training set
-    is: by the same proportions of each class. Raises ValueError where that cannot be.
+    Every row is in one partition exactly, no partition is empty, and the test set is split as the training set
+    is: in the same proportions of each class. Raises ValueError where that cannot be.
     """
     name, seed = config.partitioner, config.seed
     for labels in (train_labels, test_labels):
@@ -33,11 +33,11 @@ def split(train_labels: Any, test_labels: Any, partitions: int, config: RunConfi
     if not np.array_equal(np.sort(np.concatenate(train)), np.arange(len(classes))) or not all(map(len, train)):
         raise ValueError(f"partitioner={name} cannot split {len(classes)} samples among {partitions} clients so that "
                          f"each has some and none is left over; {REMEDIES[name]}")  # fmt: skip
-    return {"train": train, "test": _alike(train, classes, test_classes, seed)}
+    return {"train": train, "test": _in_proportion(train, classes, test_classes, seed)}
 
 
 def iid(samples: int, partitions: int, seed: int) -> list[Rows]:
-    """Deal `samples` row numbers out at random: sizes differ by one at most.
+    """Split `samples` row numbers at random into parts whose sizes differ by at most one.
 
     Flower Datasets has the same, and takes four seconds to import: too long for the default.
     Raises ValueError if there are fewer samples than partitions.
@@ -54,7 +54,7 @@ def check_enough(samples: int, partitions: int) -> None:
 
 
 def _classes(labels: Any, partitioner: str) -> NDArray[Any]:
-    """Return the class of each sample; for a partitioner that heeds no classes, the same one for all."""
+    """Return the class of each sample; the same one for all if the partitioner does not use classes."""
     if partitioner == "size-skewed":
         return np.zeros(len(labels), np.int64)
     classes = np.asarray(labels)
@@ -106,8 +106,8 @@ def _shard_size(samples: int, shards: int) -> int:
     return size if -(-samples // size) == shards else max(1, samples // shards)
 
 
-def _alike(train: list[Rows], classes: NDArray[Any], test_classes: NDArray[Any], seed: int) -> list[Rows]:
-    """Deal out the test samples of each class in the proportions in which its training samples are."""
+def _in_proportion(train: list[Rows], classes: NDArray[Any], test_classes: NDArray[Any], seed: int) -> list[Rows]:
+    """Split the test samples of each class in the same proportions as its training samples."""
     random = np.random.default_rng(seed)
     shares: list[list[Rows]] = [[] for _ in train]
     for label in np.unique(test_classes):

@@ -1,4 +1,4 @@
-"""What people would rather look at: curves of a run, and who holds which samples."""
+"""Plots of a run: its curves, and who holds which samples."""
 
 from pathlib import Path
 from typing import Any

@@ -187,7 +187,7 @@ def _slowest(replies: list[Message]) -> float:
 
 
 def count(labels: Any, held: list[Rows]) -> list[list[int]]:
-    """Return how many samples of each class each client holds; where labels are no classes, how many there are."""
+    """Return how many samples of each class each client holds; or just their number where labels are not classes."""
     classes, numbers = np.unique(np.asarray(labels), return_inverse=True)
     if len(classes) > MOST_CLASSES or numbers.size != len(labels):
         return [[len(rows)] for rows in held]

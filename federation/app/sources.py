@@ -56,11 +56,11 @@ def digest(file: Path) -> str:
 
 
 def parse(file: Path) -> ast.Module:
-    """Return the syntax tree of a file. Raises ValueError if it is no Python."""
+    """Return the syntax tree of a file. Raises ValueError if it is not valid Python."""
     try:
         return ast.parse(file.read_bytes(), str(file))
     except SyntaxError as error:
-        raise ValueError(f"{file}, line {error.lineno}, is no Python: {error.msg}") from None
+        raise ValueError(f"{file}, line {error.lineno}, is not valid Python: {error.msg}") from None
 
 
 @functools.cache

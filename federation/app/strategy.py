@@ -72,7 +72,7 @@ def check_reply(question: Message, reply: Message, samples: dict[str, int], exac
     """
     try:
         _check(question, reply, samples, exactly)
-    except Exception as error:  # a stranger's reply may be anything, and it may cost the stranger's part, not the run
+    except Exception as error:  # an untrusted reply must never stop the run
         raise ValueError(f"{one_line(error):.300}") from None
 
 

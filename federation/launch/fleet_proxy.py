@@ -1,11 +1,11 @@
-"""The gate: a proxy in front of the SuperLink, and the only part of the server that clients connect to.
+"""The proxy in front of the SuperLink, and the only part of the server that clients connect to.
 
 A SuperLink serves three APIs on one port. The one for clients may ask for their keys; but the one that starts runs,
-and registers keys, asks nobody who they are. So the SuperLink listens to this machine only, and the gate passes on the
+and registers keys, asks nobody who they are. So the SuperLink listens to this machine only, and the proxy passes on the
 calls of clients and nothing else. It also ends TLS.
 
 And it makes clients fast. A SuperNode that finds no message sleeps for three seconds, and one that finds a message
-before all of it has been uploaded sleeps for one. So the gate holds an answer that says "not yet": it asks the
+before all of it has been uploaded sleeps for one. So the proxy holds an answer that says "not yet": it asks the
 SuperLink again until there is another one, for up to HOLD seconds (long polling).
 
 The SuperLink sees whole requests only: how long strangers may take over theirs is a matter of limits.py.
@@ -30,9 +30,17 @@ from starlette.types import ASGIApp
 
 from federation.launch.limits import Connections, Limited, most_connections
 
-MOST = 64 * 2**20  # bytes of a request; Flower sends models in pieces of 5 MiB
-OWN = {"connection", "proxy-connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"}  # for one hop
-OWN |= {"host", "date", "server"}
+MAX_REQUEST_BYTES = 64 * 2**20  # bytes of a request; Flower sends models in pieces of 5 MiB
+HOP_BY_HOP = {
+    "connection",
+    "proxy-connection",
+    "keep-alive",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+}  # for one hop
+HOP_BY_HOP |= {"host", "date", "server"}
 NOT_YET = {  # by call, the answer that is held
     "pull-messages": b"",  # there is no message
     "pull-object": b"\x08\x01",  # object_found is true, object_available is not, and there is no content
@@ -45,7 +53,7 @@ LONGEST_TURN = 5.0  # seconds until each client's question has been asked again,
 
 
 class TooLargeError(Exception):
-    """A request has more than MOST bytes."""
+    """A request has more than MAX_REQUEST_BYTES bytes."""
 
 
 class Turns:
@@ -73,7 +81,7 @@ class Turns:
         self.hurried = self.waiting
 
 
-class Gate:
+class FleetProxy:
     """Passes the calls of clients on to the SuperLink at a URL."""
 
     def __init__(self, superlink: str, ca: Path | None) -> None:
@@ -139,9 +147,9 @@ class Gate:
         return await self.client.send(question, stream=True)
 
 
-def gate(superlink: str, ca: Path | None = None) -> Starlette:
+def proxy(superlink: str, ca: Path | None = None) -> Starlette:
     """Return an app that passes the calls of clients on to the SuperLink at that URL."""
-    pass_on = Gate(superlink, ca).pass_on
+    pass_on = FleetProxy(superlink, ca).pass_on
     calls = [Route("/health", pass_on, methods=["GET"]), Route("/v1/fleet/{call}", pass_on, methods=["POST"])]
     app = Starlette(routes=calls)
     app.router.redirect_slashes = False
@@ -153,7 +161,7 @@ async def whole_body(request: Request) -> bytes:
     pieces, size = [], 0
     async for piece in request.stream():
         size += len(piece)
-        if size > MOST:
+        if size > MAX_REQUEST_BYTES:
             raise TooLargeError
         pieces.append(piece)
     return b"".join(pieces)
@@ -161,12 +169,12 @@ async def whole_body(request: Request) -> bytes:
 
 def _without(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     named = b",".join(value for name, value in headers if name.lower() == b"connection").decode("latin-1").lower()
-    own = OWN.union(name.strip() for name in named.split(","))
+    own = HOP_BY_HOP.union(name.strip() for name in named.split(","))
     return [(name, value) for name, value in headers if name.decode("latin-1").lower() not in own]
 
 
 def served(app: ASGIApp, connections: Connections, host: str, port: int) -> uvicorn.Config:
-    """Return how uvicorn is to serve a gate, which is open for `connections`."""
+    """Return how uvicorn is to serve a proxy, which is open for `connections`."""
     return uvicorn.Config(
         Limited(app, connections), host, port, http=connections.protocol(), ws="none", lifespan="off",
         loop="asyncio",  # in uvloop, TLS after pause_reading never gets on
@@ -191,7 +199,7 @@ def main() -> None:
     parser.add_argument("--tls", type=Path, help="the folder of server.crt and server.key")
     args = parser.parse_args()
     connections = Connections(most_connections(), certificate(args.tls) if args.tls else None)
-    app = gate(args.superlink, args.superlink_ca)
+    app = proxy(args.superlink, args.superlink_ca)
     gc.freeze()  # a handshake that fails leaves its buffers, 256 KiB, to the garbage collector: so that it comes often
     gc.set_threshold(200, 5, 5)
     uvicorn.Server(served(app, connections, args.host, args.port)).run()

@@ -96,8 +96,8 @@ def start_proxy(
     command = [sys.executable, "-m", "federation.launch.fleet_proxy", address[0], str(address[1])]
     command += [f"http{'s' * bool(superlink_ca)}://{shown(superlink)}"]
     command += ["--superlink-ca", str(superlink_ca)] if superlink_ca else []
-    gate = ours.start(*command, *(["--tls", str(tls)] if tls else []), cwd=ROOT)
-    await_server(ours, gate, address, tls and tls / "ca.crt", "the gate")
+    proxy = ours.start(*command, *(["--tls", str(tls)] if tls else []), cwd=ROOT)
+    await_server(ours, proxy, address, tls and tls / "ca.crt", "the proxy")
 
 
 def await_server(

@@ -77,7 +77,7 @@ def refused(server: Address, ours: ProcessGroup, tls: Path | None, again: bool) 
     """
     key = certificates.client_key(tls)
     if "Failed to activate" not in Path(ours.log.name).read_text("utf-8") or not key:
-        why = "it wants to know its clients by their keys" if tls and not key else ours.last_error()
+        why = "it requires a client key" if tls and not key else ours.last_error()
         raise LaunchError(f"the server at {shown(server)} turned this client away: {why}")
     not_taken = f"the server at {shown(server)} does not take {key}"
     if again:

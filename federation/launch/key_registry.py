@@ -50,7 +50,7 @@ class KeyRegistry:
         else:
             result = self.flwr("register", str(path))
         if not result.get("success"):
-            print(f"{path} is left out: {result.get('error-message', 'it is no public key')}", flush=True)
+            print(f"{path} is left out: {result.get('error-message', 'it is not a public key')}", flush=True)
         return int(result.get("node-id", 0))
 
     def remove(self, node: int) -> bool:

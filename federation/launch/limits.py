@@ -1,4 +1,4 @@
-"""Limits on the connections to the gate: how many there may be, and how long each may take over a request.
+"""Limits on the connections to the proxy: how many there may be, and how long each may take over a request.
 
 Who connects is a stranger until the SuperLink has answered one of their calls with 200. Strangers cannot keep clients
 out: where there are too many of them, each new connection closes the oldest one of a stranger. A client is through
@@ -27,7 +27,7 @@ PUBLIC_KEY = b"flwr-public-key"  # the header by which a SuperNode says who it i
 
 
 class Connections:
-    """All connections to the gate: those of strangers, the oldest first, and those of clients."""
+    """All connections to the proxy: those of strangers, the oldest first, and those of clients."""
 
     def __init__(self, most: int, tls: ssl.SSLContext | None = None) -> None:
         self.most, self.most_of_strangers, self.tls = most, min(most, STRANGERS), tls

@@ -43,7 +43,9 @@ def private_folder() -> Path:
     if is_private(folder, but_for=0o055):
         folder.chmod(0o700)  # others could read it, as those that an earlier version has made, but not write to it
     if not is_private(folder):
-        raise LaunchError(f"{folder} is no folder of yours with mode 0700: remove it, or set TMPDIR to another folder")
+        raise LaunchError(
+            f"{folder} is not a folder of yours with mode 0700: remove it, or set TMPDIR to another folder"
+        )
     return folder
 
 

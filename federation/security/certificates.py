@@ -146,7 +146,7 @@ def client_folder(text: str) -> Path:
         try:
             key = serialization.load_ssh_private_key(path.read_bytes(), None)
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
-            raise argparse.ArgumentTypeError(f"{path} is no private key in OpenSSH's format: {error}") from None
+            raise argparse.ArgumentTypeError(f"{path} is not a private key in OpenSSH's format: {error}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise argparse.ArgumentTypeError(f"{path} is of another kind: make one by ssh-keygen -t ecdsa -b 384")
     return folder
@@ -156,7 +156,7 @@ def _check_authority(folder: Path) -> None:
     try:
         ssl.create_default_context(cafile=folder / "ca.crt")
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{folder}/ca.crt is no certificate of an authority: {error}") from None
+        raise argparse.ArgumentTypeError(f"{folder}/ca.crt is not the certificate of an authority: {error}") from None
 
 
 def client_key(folder: Path | None) -> Path | None:
@@ -180,7 +180,7 @@ def expiry(certificate: Path) -> datetime:
 
 def _client_name(text: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", text) or text == "clients":
-        raise argparse.ArgumentTypeError(f"{text!r} is no name for a client: letters, digits, - and _ are")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid client name: use letters, digits, - and _")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Is a script a task, and what of it would hurt in a federation?
+"""Check whether a script can be federated, and what would go wrong.
 
     python -m federation.check my_script --data DIR
 
@@ -71,8 +71,8 @@ def import_watched(name: str) -> list[str]:
         except (Exception, SystemExit) as error:
             raise ValueError(f"{origin}, line {statement.lineno}, breaks the import: {one_line(error)}") from None
         seconds = time.perf_counter() - started if len(sys.modules) == modules else 0.0  # or it has imported others
-        if deed := import_side_effect(statement, vars(module), seconds, opened, sys.argv.read):
-            found.append(f"line {statement.lineno}: {deed}")
+        if effect := import_side_effect(statement, vars(module), seconds, opened, sys.argv.read):
+            found.append(f"line {statement.lineno}: {effect}")
     return found
 
 
@@ -90,7 +90,7 @@ def find(name: str) -> tuple[ModuleSpec, str]:
 def import_side_effect(
     statement: ast.stmt, names: dict[str, Any], seconds: float, opened: list[Path], command_line: bool
 ) -> str:
-    """Return what a statement at module level has done that belongs into a function, "" if nothing."""
+    """Return what a statement at module level has done that belongs in a function, "" if nothing."""
     if isinstance(statement, ast.Import | ast.ImportFrom | ast.Try | ast.FunctionDef | ast.ClassDef):
         return ""
     if command_line:
@@ -113,7 +113,7 @@ def unrepeatable(trial: Trial) -> str:
     """All that is random should come from a seed: the global one, or the one that is given."""
     one, other = (weights.from_net(build_net(trial.task, SEED)) for _ in range(2))
     if weights.sha256(one) != weights.sha256(other):
-        return "Net() is another one for the same seed, so that no result can be repeated"
+        return "Net() is not deterministic for a fixed seed, so no result can be repeated"
     if not trial.train().equals(trial.train_anew()):
         return ("train() draws random numbers that do not come from its seed: two trainings with one seed differ, "
                 "so that no result can be repeated")  # fmt: skip

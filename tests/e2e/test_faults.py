@@ -1,36 +1,20 @@
 """What can go wrong while a federation runs: processes killed and interrupted, clients that do not fit."""
 
 import contextlib
-import json
 import signal
 import socket
 import time
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
-import psutil
 import pytest
 
+from federation.launch.network import free_port
 from tests.conftest import Terminal, Terminals, eventually
+from tests.processes import assert_all_gone, metrics_of, named
 from tests.tasks import TINY, held_by
-from tests.test_terminals import free_port
 
 pytestmark = pytest.mark.slow
-
-
-def metrics_of(folder: Path) -> dict[str, Any]:
-    """Return what a run has reported: in a run folder, or in the usual one below `folder`."""
-    usual = folder / "runs" / "federated"
-    return json.loads(((usual if usual.is_dir() else folder) / "metrics.json").read_text())
-
-
-def named(processes: list[psutil.Process], text: str) -> list[psutil.Process]:
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            found += [process] if text in " ".join(process.cmdline()) else []
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +27,6 @@ def start(terminals: Terminals, clients: int, *options: str) -> tuple[str, Termi
     address = f"127.0.0.1:{free_port()}"
     server = terminals.open("server.py", "--address", address, "--task", "tiny", *options)
     return address, server, [terminals.open("client.py", "--server", address) for _ in range(clients)]
-
-
-def assert_all_gone(terminals: Terminals) -> None:
-    eventually(lambda: terminals.processes() == [] and terminals.leftovers() == [], 2)
 
 
 def test_interrupted_server_keeps_its_results_and_leaves_nothing(terminals: Terminals) -> None:

@@ -541,7 +541,7 @@ def test_an_original_file_with_another_header(idx: Any, refused: Any, ending: st
 def test_a_wrong_start_of_an_original_file_is_named_by_the_file(idx: Any, refused: Any) -> None:
     file = idx("-idx3-ubyte") / "t10k-labels-idx1-ubyte"
     file.write_bytes(b"\0\0\x0c" + file.read_bytes()[3:])
-    refused(file.parent, f"{file} is no IDX file of bytes")
+    refused(file.parent, f"{file} is not an IDX file of bytes")
 
 
 def test_labels_out_of_range_in_an_original_file(idx: Any, refused: Any, fakes: dict[str, NDArray[Any]]) -> None:

@@ -19,9 +19,9 @@ import pytest
 from flwr.app import Array, ArrayRecord
 
 from federation.app import weights
+from federation.launch.network import free_port
 from tests.conftest import ROOT, Terminal, Terminals
 from tests.tasks import write_own
-from tests.test_terminals import free_port
 
 NO_TORCH = "raise ImportError('there is no torch here')\n"
 
@@ -181,6 +181,16 @@ def test_a_run_that_is_resumed_in_a_simulation_ends_with_the_same_weights(
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "expected"), EXAMPLES)
 def test_the_examples_climb_the_ladder(task: str, expected: str) -> None:
-    command = [sys.executable, "-m", "pytest", "tests/test_ladder.py", "--task", task, "--data", "embedded", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/evidence/test_ladder.py",
+        "--task",
+        task,
+        "--data",
+        "embedded",
+        "-q",
+    ]
     climb = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert expected in climb.stdout, climb.stdout

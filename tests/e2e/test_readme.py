@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from federation.launch.network import free_port
 from tests.conftest import ROOT, Terminals, eventually
-from tests.test_terminals import free_port
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMANDS = {
@@ -28,7 +28,7 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
     "python -m federation.compare --quick",  # by test_compare
     "python -m federation.check my_script",  # by test_guide, with the scripts of the guide
-    "python -m pytest PROJECT/tests/test_ladder.py --task my_script",  # by test_examples, with scripts of its own
+    "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
     "python PROJECT/server.py --task my_script",
     "docker compose up --build --scale client=4",  # by test_containers, where there is an engine
     "docker build --target server -t flower_server . && docker build --target client -t flower_client .",
@@ -198,7 +198,7 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_the_ladder_takes_any_task(terminals: Terminals, checkout: Path) -> None:
-    command = "python -m pytest tests/test_ladder.py --task benchmarks.niid_bench --data embedded -rs"
+    command = "python -m pytest tests/evidence/test_ladder.py --task benchmarks.niid_bench --data embedded -rs"
     ladder = terminals.shell(command, checkout)
     assert ladder.wait(400) == 0, ladder.text
     assert "it draws random numbers" in ladder.text, "the reason of what is skipped"

@@ -13,10 +13,10 @@ from flwr.app import Context, RecordDict
 import server
 from federation.app.console import FOLDER
 from federation.launch import warm
+from federation.launch.network import free_port
 from tests.conftest import Terminal, Terminals, eventually
 from tests.in_memory import InMemoryGrid
-from tests.test_faults import assert_all_gone, metrics_of, named
-from tests.test_terminals import free_port
+from tests.processes import assert_all_gone, metrics_of, named
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not warm.SUPPORTED, reason="nothing is forked here")]
 TASK = """

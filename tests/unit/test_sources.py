@@ -103,5 +103,5 @@ def test_a_module_from_another_folder_is_named(
 
 def test_a_helper_that_is_no_python_is_named_with_its_line(make: Make) -> None:
     task = make(a_task="def f():\n    import broken", broken="x = 1\ndef (")
-    with pytest.raises(ValueError, match=r"broken\.py, line 2, is no Python"):
+    with pytest.raises(ValueError, match=r"broken\.py, line 2, is not valid Python"):
         sources(task)

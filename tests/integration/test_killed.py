@@ -1,49 +1,16 @@
 """A server that is killed, whatever of it and whenever, goes on with the same clients, to the very same weights."""
 
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
-from flwr.app import Context, RecordDict
 
-import server
-from federation.app.config import Settings
-from federation.app.console import FOLDER
+from federation.launch.network import free_port
 from tests.conftest import Terminal, Terminals
-from tests.in_memory import InMemoryGrid
+from tests.processes import SETTINGS, as_text, assert_all_gone, metrics_of, named, undisturbed
 from tests.tasks import TINY
-from tests.test_faults import assert_all_gone, metrics_of, named
-from tests.test_terminals import free_port
 
 pytestmark = pytest.mark.slow
-SETTINGS: Settings = {"num-server-rounds": 3, "seed": 3, "partitioner": "size-skewed", "server-learning-rate": 0.01}
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def undisturbed(folder: Path, config: Settings, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the SHA-256 of the final weights of the same run in one process, in which nobody is killed."""
-    monkeypatch.setitem(os.environ, FOLDER, str(folder))
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "tiny", raising=False)
-    config = config | {"task": "tiny", "out": str(folder / "undisturbed")}
-    server.main(InMemoryGrid(config, {1: {}, 2: {}}), Context(1, 0, {}, RecordDict(), config))
-    return str(metrics_of(folder / "undisturbed")["final_weights_sha256"])
-
-
-def as_text(config: Settings) -> str:
-    return " ".join(f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}" for key, value in config.items())
 
 
 def kill(terminals: Terminals, terminal: Terminal, part: str) -> None:

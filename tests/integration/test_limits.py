@@ -1,4 +1,4 @@
-"""The limits of the gate: strangers may be many and slow, and keep nobody out."""
+"""The limits of the proxy: strangers may be many and slow, and keep nobody out."""
 
 import asyncio
 import contextlib
@@ -17,15 +17,14 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from federation.launch import limits
 from federation.launch.fleet_proxy import certificate
 from federation.launch.limits import Connections, most_connections
+from federation.launch.network import free_port
 from federation.security.certificates import make_authority, make_server
 from tests.conftest import ROOT, Terminals, eventually
-from tests.test_faults import assert_all_gone, metrics_of
-from tests.test_gate import CALL, Upstream, ask, gate_before, serving
-from tests.test_killed import SETTINGS, as_text, one_thread, undisturbed
-from tests.test_security import client, keys
-from tests.test_terminals import free_port
+from tests.processes import SETTINGS, as_text, assert_all_gone, client, metrics_of, undisturbed
+from tests.proxies import Upstream, ask, proxy_before, serving
 
-__all__ = ["keys", "one_thread"]
+CALL = "/v1/fleet/push-messages"
+
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n"
 HALF = f"POST {CALL} HTTP/1.1\r\nHost: here\r\nContent-Length: 8\r\n\r\nhalf".encode()
@@ -33,7 +32,7 @@ KEY = "Flwr-Public-Key"
 
 
 class Door:
-    """A gate in front of a stand-in for the SuperLink, and those who knock."""
+    """A proxy in front of a stand-in for the SuperLink, and those who knock."""
 
     def __init__(self, connections: Connections, upstream: Upstream, port: int) -> None:
         self.connections, self.upstream, self.port = connections, upstream, port
@@ -52,10 +51,10 @@ class Door:
 
 @pytest.fixture
 def door() -> Iterator[Door]:
-    """Open a gate with room for eight strangers, four of an address, and ten connections altogether."""
+    """Open a proxy with room for eight strangers, four of an address, and ten connections altogether."""
     connections, upstream = Connections(most=8), Upstream()
     connections.most = 10
-    with serving(upstream) as behind, gate_before(f"http://127.0.0.1:{behind}", None, connections) as port:
+    with serving(upstream) as behind, proxy_before(f"http://127.0.0.1:{behind}", None, connections) as port:
         door = Door(connections, upstream, port)
         with door.visitors:
             yield door
@@ -210,7 +209,7 @@ def secure(tmp_path: Path) -> Iterator[tuple[Door, ssl.SSLContext]]:
     make_authority(tmp_path)
     make_server(tmp_path, ["localhost"])
     connections, upstream = Connections(most=8, tls=certificate(tmp_path)), Upstream()
-    with serving(upstream) as behind, gate_before(f"http://127.0.0.1:{behind}", None, connections) as port:
+    with serving(upstream) as behind, proxy_before(f"http://127.0.0.1:{behind}", None, connections) as port:
         door = Door(connections, upstream, port)
         with door.visitors:
             yield door, ssl.create_default_context(cafile=tmp_path / "ca.crt")

@@ -1,12 +1,10 @@
-"""Who may join and who may not, over real processes: TLS, keys, and the gate that strangers knock at."""
+"""Who may join and who may not, over real processes: TLS, keys, and the proxy that strangers knock at."""
 
 import random
 import shutil
 import socket
 import ssl
 import stat
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,26 +17,14 @@ from threading import Event, Thread
 import psutil
 import pytest
 
+from federation.launch.network import free_port
 from federation.security.certificates import make_authority, make_client, make_server
-from tests.conftest import ROOT, Terminal, Terminals, eventually
-from tests.tasks import TINY, held_by
-from tests.test_faults import assert_all_gone, metrics_of, named
-from tests.test_killed import SETTINGS, as_text, one_thread, undisturbed
-from tests.test_terminals import free_port
+from tests.conftest import Terminal, Terminals, eventually
+from tests.processes import SETTINGS, as_text, assert_all_gone, client, metrics_of, named, undisturbed
+from tests.tasks import held_by
 
 pytestmark = pytest.mark.slow
-__all__ = ["one_thread"]
 TRIES = 10_000
-
-
-@pytest.fixture
-def keys(terminals: Terminals) -> Path:
-    """Make an authority, a server's certificate and the keys of three clients, by the documented command."""
-    folder = terminals.folder / "keys"
-    names = ["--server", "localhost", "--client", "berlin", "paris", "rome"]
-    subprocess.run([sys.executable, "-m", "federation.certificates", folder, *names], cwd=ROOT, check=True)
-    (terminals.folder / "tiny.py").write_text(TINY)
-    return folder
 
 
 def mode(path: Path) -> int:
@@ -134,11 +120,6 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
     assert_all_gone(terminals)
 
 
-def client(terminals: Terminals, port: int, tls: Path | None = None, host: str = "127.0.0.1") -> Terminal:
-    options = ("--tls", str(tls)) if tls else ()
-    return terminals.open("client.py", "--server", f"{host}:{port}", "--threads", "1", *options)
-
-
 def knock(port: int, ca: Path) -> None:
     """Check that of the SuperLink's APIs only the clients' one is to be reached, and only by those who sign."""
     context = ssl.create_default_context(cafile=ca)
@@ -204,7 +185,7 @@ class Noise:
         self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE
 
     def check_nothing_grows(self, parts: list[psutil.Process]) -> None:
-        """Check that these parts of the server, gate and SuperLink, need no more memory after `TRIES` tries."""
+        """Check that these parts of the server, proxy and SuperLink, need no more memory after `TRIES` tries."""
         self.make(1000)
         before = [memory(part) for part in parts]
         with ThreadPoolExecutor(4) as pool:

@@ -1,7 +1,7 @@
 """The equivalence ladder: the federated run is the same training, shown rung by rung on the real client and server.
 
-    pytest tests/test_ladder.py                              # cifar.py, on the data that it carries
-    pytest tests/test_ladder.py --task my_script --data DIR  # a script of yours, which is in this folder
+    pytest tests/evidence/test_ladder.py                              # cifar.py, on the data that it carries
+    pytest tests/evidence/test_ladder.py --task my_script --data DIR  # a script of yours, which is in this folder
 
 All clients live in this process, on a Grid in memory: one thread, no GPU, a few hundred samples. A rung that a script
 cannot climb, whoever federates it, is skipped with the reason. One that fails is a difference between the script and

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +10,8 @@ import torch
 from PIL import Image
 
 import cifar
+from federation.launch.network import free_port
 from tests.conftest import Terminals, eventually
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

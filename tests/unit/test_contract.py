@@ -80,6 +80,13 @@ def test_the_wrappers_have_no_training_loop(name: str) -> None:
     assert {root.split(".")[0] for root in imports(tree(name))} & (FRAMEWORKS | {"cifar"}) == set()
 
 
+@pytest.mark.parametrize("name", ["client.py", "server.py"])
+def test_what_runs_in_flowers_processes_imports_no_launcher(name: str) -> None:
+    top = [node for node in tree(name).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = {root for root in imports(ast.Module(top, [])) if root.startswith("federation")}
+    assert ours and all(root.startswith("federation.app") for root in ours), ours
+
+
 def test_the_client_calls_the_task() -> None:
     functions = {node.name: calls(node) for node in tree("client.py").body if isinstance(node, ast.FunctionDef)}
     assert {"job.task.train", "job.global_model"} <= functions["train"] and "job.task.test" not in functions["train"]

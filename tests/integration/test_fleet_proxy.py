@@ -1,4 +1,4 @@
-"""The gate: calls of clients pass it unchanged, nothing else ever reaches the SuperLink, and "not yet" is held."""
+"""The proxy: calls of clients pass it unchanged, nothing else ever reaches the SuperLink, and "not yet" is held."""
 
 import contextlib
 import http.client
@@ -7,16 +7,12 @@ import random
 import re
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import uvicorn
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectResponse
 from hypothesis import HealthCheck, given, settings
@@ -24,12 +20,12 @@ from hypothesis import strategies as st
 
 import federation.launch.fleet_proxy
 from federation.launch import host
-from federation.launch.fleet_proxy import NOT_YET, gate, served
-from federation.launch.limits import Connections
+from federation.launch.fleet_proxy import NOT_YET
 from federation.launch.network import LaunchError, free_port, is_up
 from federation.launch.process_group import process_group
 from federation.security.certificates import make_authority, make_server
 from tests.conftest import eventually
+from tests.proxies import Upstream, ask, proxy_before, serving
 
 Headers = list[tuple[str, str]]
 CALL = "/v1/fleet/push-messages"
@@ -38,79 +34,16 @@ BINARY = "application/x-protobuf"
 MIB = 2**20
 
 
-@dataclass
-class Request:
-    method: str
-    path: str
-    query: bytes
-    headers: dict[str, str]
-    body: bytes
-
-
-@dataclass
-class Upstream:
-    """Stands for the SuperLink: records what reaches it, and answers with what it is told to, or the body that came."""
-
-    seen: list[Request] = field(default_factory=list)
-    status: int = 200
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    answer: bytes | None = None
-    first: list[bytes] = field(default_factory=list)  # answers that come before that one
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-        headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
-        path = scope["raw_path"].decode()
-        self.seen.append(Request(scope["method"], path, scope["query_string"], headers, body))
-        answer = self.first.pop(0) if self.first else body if self.answer is None else self.answer
-        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
-        await send({"type": "http.response.body", "body": answer})
-
-
-@contextlib.contextmanager
-def serving(app: Any, tls: Path | None = None) -> Iterator[int]:
-    """Serve an app in a thread; yield its port."""
-    secure = {"ssl_certfile": tls / "server.crt", "ssl_keyfile": tls / "server.key"} if tls else {}
-    config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, date_header=True, **secure)  # type: ignore[arg-type]
-    with running(uvicorn.Server(config)) as port:
-        yield port
-
-
-@contextlib.contextmanager
-def gate_before(url: str, ca: Path | None = None, connections: Connections | None = None) -> Iterator[int]:
-    """Serve a gate as its process does, in a thread; yield its port."""
-    config = served(gate(url, ca), connections or Connections(most=1000), "127.0.0.1", 0)
-    with running(uvicorn.Server(config)) as port:
-        yield port
-
-
-@contextlib.contextmanager
-def running(server: uvicorn.Server) -> Iterator[int]:
-    thread = Thread(target=server.run)
-    thread.start()
-    eventually(lambda: server.started, 10)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Upstream, int]]:
     upstream = Upstream()
-    with serving(upstream) as port, gate_before(f"http://127.0.0.1:{port}") as front:
+    with serving(upstream) as port, proxy_before(f"http://127.0.0.1:{port}") as front:
         yield upstream, front
 
 
 @pytest.fixture
 def upstream(pair: tuple[Upstream, int]) -> Upstream:
-    """Return what is behind the gate, as if it had just been started."""
+    """Return what is behind the proxy, as if it had just been started."""
     pair[0].__init__()  # type: ignore[misc]
     return pair[0]
 
@@ -118,29 +51,6 @@ def upstream(pair: tuple[Upstream, int]) -> Upstream:
 @pytest.fixture
 def port(pair: tuple[Upstream, int]) -> int:
     return pair[1]
-
-
-def ask(
-    port: int, method: str, path: str, body: bytes | Iterable[bytes] = b"", headers: Headers | None = None
-) -> tuple[int, dict[str, str], bytes]:
-    """Make a request as it is spelt: without any change to the path, with no other headers; chunked if in pieces."""
-    head = [("Host", "here"), *(headers or [])]
-    pieces = [body] if isinstance(body, bytes) else list(body)
-    if isinstance(body, bytes):
-        head.append(("Content-Length", str(len(body))))
-    else:
-        head.append(("Transfer-Encoding", "chunked"))
-        pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces] + [b"0\r\n\r\n"]
-    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in head), "", ""]
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall("\r\n".join(lines).encode("latin-1"))
-        with contextlib.suppress(ConnectionError):  # it may have been refused before it was read to its end
-            for piece in pieces:
-                connection.sendall(piece)
-        response = http.client.HTTPResponse(connection, method=method)
-        response.begin()
-        with response:
-            return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
 
 
 # --------------------------------------------------------------------------------------------------- what passes it
@@ -200,7 +110,7 @@ def test_no_header_that_is_meant_for_one_hop_passes(upstream: Upstream, port: in
     for name in [*hop, "Connection", "Transfer-Encoding"]:
         assert arrived.get(name.lower()) not in ("mine", "keep-alive, x-nominated")
         assert headers.get(name.lower()) not in ("mine", "keep-alive, x-nominated")
-    assert arrived["host"] != "here", "it is the SuperLink's own, not that of the gate"
+    assert arrived["host"] != "here", "it is the SuperLink's own, not that of the proxy"
 
 
 def test_an_answer_is_not_compressed_for_one_who_has_not_asked_for_that(upstream: Upstream, port: int) -> None:
@@ -368,7 +278,7 @@ def test_whatever_path_is_tried_only_calls_of_clients_arrive(
 def test_a_body_that_is_too_large_is_refused(
     upstream: Upstream, port: int, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(federation.launch.fleet_proxy, "MOST", 1000)
+    monkeypatch.setattr(federation.launch.fleet_proxy, "MAX_REQUEST_BYTES", 1000)
     most, more = ([b"x" * 500] * 2, [b"x" * 500, b"y" * 501]) if chunked else (b"x" * 1000, b"x" * 1001)
     assert ask(port, "POST", CALL, more)[0] == 413
     assert upstream.seen == []
@@ -397,7 +307,7 @@ def test_those_who_never_finish_a_request_keep_nobody_out(upstream: Upstream, po
 
 
 def test_a_superlink_that_is_down_is_told_from_a_call_that_is_not_there() -> None:
-    with gate_before(f"http://127.0.0.1:{free_port()}") as port:
+    with proxy_before(f"http://127.0.0.1:{free_port()}") as port:
         assert ask(port, "POST", CALL, b"question")[::2] == (502, b"the SuperLink does not answer")
         assert ask(port, "GET", "/health")[0] == 502
         assert ask(port, "POST", "/v1/control/start-run")[0] == 404
@@ -412,7 +322,7 @@ def test_a_superlink_is_asked_only_if_its_certificate_is_of_the_right_authority(
     upstream = Upstream()
     with (
         serving(upstream, tmp_path / "keys") as behind,
-        gate_before(f"https://127.0.0.1:{behind}", tmp_path / authority / "ca.crt") as port,
+        proxy_before(f"https://127.0.0.1:{behind}", tmp_path / authority / "ca.crt") as port,
     ):
         assert ask(port, "POST", CALL, b"question")[0] == (200 if authority == "keys" else 502)
     assert [request.body for request in upstream.seen] == [b"question"] * (authority == "keys")
