@@ -169,8 +169,8 @@ def find_data(root: str | None = None) -> str:
     if list(place.glob("train-images*")):
         return str(place)
     if root:
-        raise ValueError(f"{place} is not MNIST: name mnist.npz, or a folder with it or with train-images-idx3-ubyte.gz "
-                         "and the three other files")  # fmt: skip
+        raise ValueError(f"{place} is not MNIST: name mnist.npz, or a folder with it or with "
+                         "train-images-idx3-ubyte.gz and the three other files")  # fmt: skip
     try:
         import pooch
 

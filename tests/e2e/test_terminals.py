@@ -65,7 +65,7 @@ def test_metrics(run: SimpleNamespace) -> None:
     assert [row["round"] for row in run.metrics["rounds"]] == [0, 1, 2]
     for row in run.metrics["rounds"][1:]:
         assert row["clients"] == 2 and row["dropped"] == 0
-        assert 0 < row["client_seconds"] < row["seconds"]
+        assert 0 < row["client_seconds"] < row["seconds"] and row["waiting_seconds"] >= 0
         model = 62_006 * 4
         assert 4 * model < row["bytes_down"] < 4 * model + 100_000  # the model twice to both clients, and their rows
         assert 2 * model < row["bytes_up"] < 2 * model + 10_000

@@ -547,6 +547,11 @@ def test_nothing_to_resume_ends_the_servers_process_with_status_2(terminals: Ter
     check_nothing_is_left(terminals)
 
 
+@pytest.mark.parametrize("data", ["/no/such/folder", "~/none", "./none"])
+def test_a_client_names_a_data_folder_that_is_missing_before_it_looks_for_a_server(command: Command, data: str) -> None:
+    check(command("client.py", "--data", data), 1, "client.py", f"--data {data}: there is no such file or folder")
+
+
 def test_a_client_gives_up_when_there_is_no_server(terminals: Terminals) -> None:
     address = f"127.0.0.1:{free_port()}"
     status, text = terminals.run("client.py", "--server", address, "--wait", "1")

@@ -66,9 +66,16 @@ def test_a_folder_that_others_have_a_hand_in_is_refused(temporary: Path, kind: s
         if os.getuid():
             pytest.skip("only root gives files away")
         os.chown(planted, 12345, 12345)
-    with pytest.raises(LaunchError, match=f"^{planted} is no folder of yours .* remove it"), place_on_host():
+    with pytest.raises(LaunchError, match=f"^{planted} is not a folder of yours .* remove it"), place_on_host():
         pass
     assert [path.name for path in temporary.glob("*/*")] == []
+
+
+def test_a_folder_that_others_could_only_read_is_closed_to_them(temporary: Path) -> None:
+    folder(temporary).mkdir()
+    folder(temporary).chmod(0o755)
+    with place_on_host() as (_, log):
+        assert log.parent == folder(temporary) and mode(log.parent) == 0o700
 
 
 def test_no_log_is_opened_through_a_link(temporary: Path) -> None:
