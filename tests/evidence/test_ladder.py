@@ -60,7 +60,7 @@ class Ladder:
         self.lr = 0.01 if no_default else 0.0  # 0 leaves the choice to the script, as in the run config
         self.read = functools.cache(task.load_data)
         self.module: Any = ModuleType("ladder_task")
-        vars(self.module).update(vars(task) | {"__name__": self.module.__name__, "load_data": self.load_data})
+        vars(self.module).update(vars(task) | {"load_data": self.load_data})
 
     def load_data(self, root: str | None) -> Any:
         """Return a few samples: copies, so that no client can change what another one sees."""
