@@ -15,9 +15,9 @@ from federation.app import weights
 from federation.app.client_grid import ClientGrid
 from federation.app.config import validate
 from federation.app.console import announce_end
-from federation.app.report import Report, round_results
+from federation.app.report import Report
 from federation.app.roster import Roster
-from federation.app.strategy import aggregate_train, make_strategy, strategy_state
+from federation.app.strategy import aggregate_evaluate, aggregate_train, make_strategy, strategy_state
 from federation.app.task import build_net, find_data, load_task, read_data
 
 app = ServerApp()
@@ -49,11 +49,11 @@ def main(grid: Grid, context: Context) -> None:
         roster.wait_for(config.num_clients)
         report.partitions(roster.held_partitions(), data)
         for server_round in report.remaining_rounds():
-            replies = clients.train(strategy, server_round, arrays)
-            arrays, trained = aggregate_train(strategy, server_round, replies, arrays)
+            models = clients.train(strategy, server_round, arrays)
+            arrays, trained = aggregate_train(strategy, server_round, models, arrays)
+            del models  # those of the next round take as much memory again
             answers = clients.evaluate(strategy, server_round, arrays)
-            tested = strategy.aggregate_evaluate(server_round, answers)
-            results = round_results(replies, trained, answers, tested) | test(arrays)
+            results = aggregate_evaluate(strategy, server_round, answers, trained) | test(arrays)
             clients.check_agreement(answers, results)
             report.round(arrays, strategy_state(strategy), roster.places, **results, **clients.pop_counters())
         report.finish(net)

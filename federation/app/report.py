@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord
 
 from federation.app import weights
 from federation.app.checkpoint import Records, check_same, checkpoints, load_checkpoint, save_checkpoint
@@ -164,26 +164,6 @@ class Report:
             kept = [f"; {path.name} is whole: make room, and go on by --resume" for path in checkpoints(self.folder)]
             why = error.strerror or one_line(error)
             raise RuntimeError(f"cannot save {name} in {self.folder}: {why}{''.join(kept[-1:])}") from None
-
-
-def round_results(
-    replies: list[Message], trained: MetricRecord, answers: list[Message], tested: MetricRecord | None
-) -> dict[str, Any]:
-    """Return what metrics.json says of a round, by the clients' replies to training and to evaluation."""
-    tested = tested or MetricRecord()
-    return {
-        "train_loss": trained["train-loss"],
-        "clients_loss": tested.get("loss"),
-        "clients_accuracy": tested.get("accuracy"),
-        "clients": len(replies),
-        "samples": [reply.content.metric_records["metrics"]["num-examples"] for reply in replies],
-        "client_seconds": _slowest(replies) + _slowest(answers),
-    }
-
-
-def _slowest(replies: list[Message]) -> float:
-    """Return the seconds that the slowest client worked on its reply, from reading its data on."""
-    return max((cast(float, reply.content.metric_records["metrics"]["seconds"]) for reply in replies), default=0.0)
 
 
 def count(labels: Any, held: list[Rows]) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Flower's strategies by the run config, their state for a checkpoint, and the guard in front of them."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
@@ -46,8 +46,8 @@ def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
 
 def aggregate_train(
     strategy: Strategy, server_round: int, replies: list[Message], before: ArrayRecord
-) -> tuple[ArrayRecord, MetricRecord]:
-    """Return the new global model that the strategy makes of the clients' models, and their metrics.
+) -> tuple[ArrayRecord, dict[str, Any]]:
+    """Return the new global model that the strategy makes of the clients' models, and what metrics.json says of them.
 
     Its entries keep the dtypes that they had `before`. Raises RuntimeError where one is not finite.
     """
@@ -55,7 +55,24 @@ def aggregate_train(
     assert arrays is not None and metrics is not None
     arrays = restore_dtypes(before, arrays)
     check_finite(arrays)
-    return arrays, metrics
+    samples = [reply.content.metric_records["metrics"]["num-examples"] for reply in replies]
+    results = {"train_loss": metrics["train-loss"], "clients": len(replies), "samples": samples}
+    return arrays, results | {"client_seconds": _slowest(replies)}
+
+
+def aggregate_evaluate(
+    strategy: Strategy, server_round: int, replies: list[Message], results: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the `results` of training, with those of the clients' evaluation added."""
+    metrics = strategy.aggregate_evaluate(server_round, replies) or MetricRecord()
+    seconds = results["client_seconds"] + _slowest(replies)
+    found = {"clients_loss": metrics.get("loss"), "clients_accuracy": metrics.get("accuracy")}
+    return results | found | {"client_seconds": seconds}
+
+
+def _slowest(replies: list[Message]) -> float:
+    """Return the seconds that the slowest client worked on its reply, from reading its data on."""
+    return max((cast(float, reply.content.metric_records["metrics"]["seconds"]) for reply in replies), default=0.0)
 
 
 def check_finite(arrays: ArrayRecord) -> None:
