@@ -17,6 +17,7 @@ from pathlib import Path
 from harness import federate, run_app
 
 import cifar
+from federation.launch.command import run_command
 
 IDLE_APP = Path(__file__).resolve().parent / "idle_app"
 CLIENTS = 2
@@ -56,4 +57,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    command.run_command(command)
+    run_command(command)

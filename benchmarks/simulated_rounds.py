@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from harness import FOLDER, ROOT, LaunchError, session, start
+from harness import FOLDER, ROOT, LaunchError, process_group, start
 
 import cifar
 from federation.launch.command import run_command
@@ -82,7 +82,7 @@ def measure(side: str, case: Case, args: argparse.Namespace) -> Run:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     environment = {} if side == "ours" else {"PYTHONPATH": f"{ROOT}{os.pathsep}{PEERS}"}
-    with session(FOLDER / f"{side}.txt", environment, warm_starts=False) as processes:
+    with process_group(FOLDER / f"{side}.txt", environment, warm_starts=False) as processes:
         started = time.perf_counter()
         process = start(processes, *command(side, case, out, args))
         memory = watch(process)

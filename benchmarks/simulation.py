@@ -21,6 +21,7 @@ from pathlib import Path
 from harness import federate, run_app
 
 import cifar
+from federation.launch.command import run_command
 
 QUICKSTART = Path(__file__).resolve().parent / "quickstart"
 CLIENTS = 2
@@ -66,4 +67,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    command.run_command(command)
+    run_command(command)

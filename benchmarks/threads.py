@@ -23,6 +23,7 @@ import time
 from harness import LaunchError, federate, programs, wait_for
 
 import cifar
+from federation.launch.command import run_command
 
 CLIENTS = 2
 BOUND = 0.9
@@ -99,4 +100,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    command.run_command(command)
+    run_command(command)

@@ -19,6 +19,7 @@ from pathlib import Path
 from harness import FOLDER, ROOT, LaunchError, free_port, programs, wait_for
 
 import cifar
+from federation.launch.command import run_command
 
 CLIENTS = 2
 BOUND = 0.45
@@ -62,4 +63,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    command.run_command(command)
+    run_command(command)

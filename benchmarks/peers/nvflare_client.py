@@ -4,8 +4,10 @@ import sys
 
 import nvflare.client as flare
 import torch
-from common import BATCH_SIZE, cifar, client_seed, split
+from common import BATCH_SIZE, client_seed, split
 from nvflare.apis.fl_constant import FLMetaKey
+
+import cifar
 
 
 def main(data: str, clients: int) -> None:

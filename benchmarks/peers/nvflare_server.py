@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SEED, RoundLog, cifar, read_options
+from common import SEED, RoundLog, read_options
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_opt.pt.job_config.base_fed_job import BaseFedJob
 from nvflare.job_config.script_runner import ScriptRunner
+
+import cifar
 
 CLIENT = Path(__file__).resolve().with_name("nvflare_client.py")
 

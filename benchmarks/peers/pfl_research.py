@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import BATCH_SIZE, SEED, RoundLog, cifar, read_options, split
+from common import BATCH_SIZE, SEED, RoundLog, read_options, split
 from pfl.aggregate.base import get_num_devices_weight_name
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
@@ -28,6 +28,8 @@ from pfl.data.sampling import MinimizeReuseUserSampler
 from pfl.hyperparam.base import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics, StringMetricName, Weighted
 from pfl.model.pytorch import PyTorchModel
+
+import cifar
 
 DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(cifar.train).parameters.items()}
 

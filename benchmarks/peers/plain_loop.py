@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import BATCH_SIZE, SEED, RoundLog, cifar, client_seed, read_options, split
+from common import BATCH_SIZE, SEED, RoundLog, client_seed, read_options, split
 from numpy.typing import NDArray
+
+import cifar
 
 Weights = dict[str, NDArray[Any]]
 
