@@ -36,7 +36,8 @@ def host_run(
     with process_group(Path(str(run_config.out)) / "log.txt", environment) as ours:
         register = KeyRegistry(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         superlink, ca = start_superlink(ours, inside, federation_config is not None, register is not None)
-        found = prepare(ours, run_config)
+        preparation = Preparation(ours, run_config)
+        found = preparation.found(tried=federation_config is None)
         await_server(ours, superlink, inside, ca, "the SuperLink")
         if register:
             register.update()
@@ -45,24 +46,35 @@ def host_run(
         run = submit(ours, run_config.changed(data=found["data"]), federation_config, found["files"])
         if not federation_config:
             start_proxy(ours, address, inside, ca, tls)
+        preparation.found(tried=True)  # a simulation takes longer to start than this
         status = relay(run, ours.log)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status
 
 
-def prepare(ours: ProcessGroup, run_config: RunConfig) -> dict[str, Any]:
-    """Try the task; return where its `data` are, and its `files` by name. Raises ValueError where it cannot be used."""
-    report = ours.home / "task.json"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from federation.launch.prepare import main; main()"
-    command = [sys.executable, "-P", "-c", code, json.dumps(run_config.values()), str(report)]
-    status = ours.popen(*command, stdout=None, stderr=None).wait()
-    if not report.exists():
-        raise LaunchError(f"trying {run_config.task} on a few samples ended its process with status {status}")
-    found: dict[str, Any] = json.loads(report.read_text("utf-8"))
-    if "error" in found:
-        raise ValueError(found["error"])
-    return found
+class Preparation:
+    """A process that finds the task's data and files, and then tries the task."""
+
+    def __init__(self, ours: ProcessGroup, config: RunConfig) -> None:
+        self.task, self.report = config.task, ours.home / "task.json"
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from federation.launch.prepare import main; main()"
+        command = [sys.executable, "-P", "-c", code, json.dumps(config.values()), str(self.report)]
+        self.process = ours.popen(*command, stdout=None, stderr=None)
+
+    def found(self, tried: bool) -> dict[str, Any]:
+        """Wait until the task has been read or also `tried`; return where its `data` are, and its `files` by name.
+
+        Raises ValueError where it cannot be federated.
+        """
+        while self.process.poll() is None and (tried or not self.report.exists()):
+            time.sleep(0.02)
+        if not self.report.exists() or self.process.poll():
+            raise LaunchError(f"the process that tries {self.task} ended with status {self.process.poll()}")
+        found: dict[str, Any] = json.loads(self.report.read_text("utf-8"))
+        if "error" in found:
+            raise ValueError(found["error"])
+        return found
 
 
 def start_superlink(

@@ -5,7 +5,9 @@ In a process of its own, so that the one that waits for the end of the run holds
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from federation.app.config import RunConfig, validate
@@ -18,13 +20,17 @@ from federation.launch.trial import Trial, check_usable
 SAMPLES = 16
 
 
-def prepare(config: RunConfig) -> dict[str, Any]:
-    """Return where the task's `data` are, and its `files` by name. Raises ValueError where it cannot be federated."""
+def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Yield where the task's `data` are, and its `files` by name; and once more when the task has been tried.
+
+    Raises ValueError where it cannot be federated.
+    """
     before = set(sys.modules)
     task = load_task(config.task)
     root = find_data(task, config.data)
     data = read_data(task, root)
     check_enough(min(len(labels) for _, labels in data), config.num_clients)
+    yield {"data": root, "files": _files(task)}
     trial = Trial(task, data, SAMPLES)
     if trial.defaults and not config.learning_rate:
         raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")
@@ -32,15 +38,22 @@ def prepare(config: RunConfig) -> dict[str, Any]:
         check_usable(trial)
     except ValueError as error:
         raise ValueError(f"{task.__name__} cannot be federated: {error}") from None
-    files = sources(task, sys.modules.keys() - before)  # some imports can only be seen when they happen
-    return {"data": root, "files": {name: str(path) for name, path in files.items()}}
+    yield {"data": root, "files": _files(task, sys.modules.keys() - before)}  # some imports show only when they happen
+
+
+def _files(task: ModuleType, modules: Iterable[str] = ()) -> dict[str, str]:
+    return {name: str(path) for name, path in sources(task, modules).items()}
 
 
 def main() -> None:
     """Read a run config from the first argument; write what has been found, or an error, to the file in the second."""
     config, report = json.loads(sys.argv[1]), Path(sys.argv[2])
+
+    def write(found: dict[str, Any]) -> None:
+        write_atomically(report, lambda path: path.write_text(json.dumps(found), "utf-8"))
+
     try:
-        found = prepare(validate(config))
+        for found in prepare(validate(config)):
+            write(found)
     except (ValueError, OSError) as error:
-        found = {"error": str(error)}
-    write_atomically(report, lambda path: path.write_text(json.dumps(found), "utf-8"))
+        write({"error": str(error)})

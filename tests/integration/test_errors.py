@@ -53,7 +53,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         *_, config, report = line
         monkeypatch.setattr("sys.argv", ["prepare", config, report])
         prepare.main()
-        return SimpleNamespace(wait=lambda: 0)
+        return SimpleNamespace(poll=lambda: 0)
 
     @contextmanager
     def process_group(*_: object, **__: object) -> Iterator[SimpleNamespace]:
@@ -216,7 +216,7 @@ def missing(name: str) -> Callable[[Path], object]:
     [
         (shutil.rmtree, ["ca.crt", "No such file"]),
         (missing("ca.crt"), ["ca.crt", "No such file"]),
-        (damaged("ca.crt"), ["ca.crt", "no certificate"]),
+        (damaged("ca.crt"), ["ca.crt", "is not the certificate of an authority"]),
         (missing("server.crt"), ["server.crt", "No such file"]),
         (missing("server.key"), ["server.key", "No such file"]),
         (damaged("server.crt"), ["server.crt", "PEM"]),
@@ -261,7 +261,7 @@ needs_ssh_keygen = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason
     [
         (shutil.rmtree, ["ca.crt", "No such file"]),
         (missing("ca.crt"), ["ca.crt", "No such file"]),
-        (damaged("ca.crt"), ["ca.crt", "no certificate"]),
+        (damaged("ca.crt"), ["ca.crt", "is not the certificate of an authority"]),
         (damaged("client.key"), ["client.key", "OpenSSH's format"]),
         (rewritten(form=PrivateFormat.PKCS8), ["client.key", "OpenSSH's format"]),
         (rewritten(form=PrivateFormat.TraditionalOpenSSL), ["client.key", "OpenSSH's format"]),

@@ -411,17 +411,17 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.npz", "nowhere/mnist.npz"])
 def test_missing_files(tmp_path: Path, refused: Any, name: str) -> None:
-    refused(tmp_path / name, str(tmp_path / name), "is no MNIST", "mnist.npz", "train-images-idx3-ubyte.gz")
+    refused(tmp_path / name, str(tmp_path / name), "is not MNIST", "mnist.npz", "train-images-idx3-ubyte.gz")
 
 
 def test_an_empty_folder(tmp_path: Path, refused: Any) -> None:
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", str(tmp_path / "empty"), "is no MNIST")
+    refused(tmp_path / "empty", str(tmp_path / "empty"), "is not MNIST")
 
 
 def test_a_file_of_something_else(tmp_path: Path, refused: Any) -> None:
     (tmp_path / "file.txt").write_text("no data")
-    refused(tmp_path / "file.txt", str(tmp_path / "file.txt"), "is no MNIST")
+    refused(tmp_path / "file.txt", str(tmp_path / "file.txt"), "is not MNIST")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 30, 0.5, -1])
