@@ -81,6 +81,7 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None  # until it has been closed
         self.address, self.early = "", b""
         self.requests = 0  # that are being answered
+        self.body_complete = True  # so that what comes next begins another request
         self.head_size = 0
         self.timer: asyncio.TimerHandle | None = None
 
@@ -120,7 +121,7 @@ class Connection(asyncio.Protocol):
         if not self.http:  # asyncio passes on what came with the handshake before it says that this is settled
             self.early += data
             return
-        if not self.requests:
+        if self.body_complete:
             self.expect_head()
             self.head_size += len(data)
         if self.head_size > HEAD_SIZE:
@@ -155,12 +156,13 @@ class Connection(asyncio.Protocol):
     def begin(self) -> None:
         """Hear that a request has all its headers."""
         self.requests += 1
-        self.head_size = 0
+        self.head_size, self.body_complete = 0, False
         self.stop_clock()
 
     def end(self) -> None:
         """Hear that it has been answered."""
         self.requests -= 1
+        self.body_complete = True
 
     def stop_clock(self) -> None:
         if self.timer:
@@ -222,7 +224,7 @@ def limited(receive: Receive, connection: Connection) -> Receive:
             connection.abort()
             return {"type": "http.disconnect"}
         deadline += len(message.get("body", b"")) / RATE
-        complete = not message.get("more_body", False)
+        connection.body_complete = complete = not message.get("more_body", False)
         return message
 
     return receive_in_time

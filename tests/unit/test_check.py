@@ -94,7 +94,7 @@ HURTS = {
     "random numbers from elsewhere": (
         [("torch.manual_seed(seed + epoch)", "pass")], "draws random numbers that do not come from its seed"),
     "a net of its own mind": (
-        [("def Net():", "def Net():\n    torch.seed()")], "another one for the same seed"),
+        [("def Net():", "def Net():\n    torch.seed()")], "is not deterministic for a fixed seed"),
     "an optimizer that restarts": (
         [("lr=lr)", "lr=lr, momentum=0.9)")], "restarts with every call"),
     "Adam": ([("SGD", "Adam"), ("lr=0.1", "lr=0.01")], "restarts with every call"),

@@ -503,7 +503,7 @@ def test_one_of_the_four_files_is_missing(idx: Any, refused: Any, key: str, endi
 def test_the_first_of_the_four_files_is_missing(idx: Any, refused: Any) -> None:
     folder = idx("-idx3-ubyte")
     (folder / "train-images-idx3-ubyte").unlink()
-    refused(folder, f"{folder} is no MNIST", "train-images-idx3-ubyte.gz")
+    refused(folder, f"{folder} is not MNIST", "train-images-idx3-ubyte.gz")
 
 
 @pytest.mark.parametrize("kept", [0, 2, 3, 4, 10, 0.5, -1])

@@ -50,7 +50,7 @@ SCRIPTS = [
     ),
     Script(
         "examples.mnist_jax", ("jax", "flax", "optax", "pooch", "numpy", "tqdm"), "pooch.retrieve",
-        (6_000, 1_000), (28, 28), "{} is no MNIST", "no usable MNIST in {}/mnist.npz: ",
+        (6_000, 1_000), (28, 28), "{} is not MNIST", "no usable MNIST in {}/mnist.npz: ",
     ),
 ]  # fmt: skip
 
