@@ -4,6 +4,7 @@ import argparse
 import http.client
 import ipaddress
 import re
+import secrets
 import socket
 import ssl
 import urllib.error
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 Address = tuple[str, int]  # host and port
+PORTS = range(20_000, 32_000)
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")  # how OpenSSL puts it
 
 
@@ -60,9 +62,13 @@ def check_exposed(address: Address, tls: bool, insecure: bool) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nothing on this machine listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port that nothing on this machine listens on.
+
+    It is not one of those that systems give to outgoing connections: one of these could take it before it is used.
+    """
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", secrets.choice(PORTS))) as listener:
+            return int(listener.getsockname()[1])
 
 
 def check_free(address: Address) -> None:
