@@ -1,16 +1,16 @@
 """Addresses, and whether a server answers there."""
 
 import argparse
-import http.client
 import ipaddress
 import re
 import secrets
 import socket
 import ssl
-import urllib.error
-import urllib.request
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import httpx
 
 Address = tuple[str, int]  # host and port
 PORTS = range(20_000, 32_000)
@@ -88,26 +88,31 @@ def is_up(server: Address, ca: Path | None = None, timeout: float = 2, any_name:
     """
     context = ssl.create_default_context(cafile=ca)
     context.check_hostname = not any_name
-    secure = urllib.request.HTTPSHandler(context=context)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), secure)
+    url = f"http{'s' * bool(ca)}://{shown(server)}/health"
     try:
-        with opener.open(f"http{'s' * bool(ca)}://{shown(server)}/health", timeout=timeout) as response:
-            return bool(response.status == 200)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        _explain(server, error.reason if isinstance(error, urllib.error.URLError) else error, bool(ca))
+        return httpx.get(url, verify=context, timeout=timeout, trust_env=False).status_code == 200
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        _explain(server, error, bool(ca))
         return False
 
 
-def _explain(server: Address, error: object, secure: bool) -> None:
+def _explain(server: Address, error: Exception, secure: bool) -> None:
     """Raise LaunchError where a request failed for TLS, or the lack of it."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        raise LaunchError(f"the server at {shown(server)} cannot be trusted: {error.verify_message}")
-    if isinstance(error, ssl.SSLError) and error.reason in NO_TLS:
-        raise LaunchError(
-            f"the server at {shown(server)} does not speak TLS; start it with --tls, or leave it out here"
-        )
-    if not secure and isinstance(error, ConnectionResetError | http.client.HTTPException) and speaks_tls(server):
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            raise LaunchError(f"the server at {shown(server)} cannot be trusted: {cause.verify_message}")
+        if isinstance(cause, ssl.SSLError) and cause.reason in NO_TLS:
+            raise LaunchError(
+                f"the server at {shown(server)} does not speak TLS; start it with --tls, or leave it out here"
+            )
+    if not secure and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and speaks_tls(server):
         raise LaunchError(f"the server at {shown(server)} speaks TLS; give --tls DIR, with its authority's ca.crt")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def speaks_tls(server: Address) -> bool:
