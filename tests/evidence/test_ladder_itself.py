@@ -86,7 +86,7 @@ def climbs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]
         (folder / f"{name}.py").write_text(source)
     write_own(folder)
     names = ["my_script", *SCRIPTS]
-    command = [sys.executable, "-c", CLIMB, str(ROOT / "tests" / "test_ladder.py"), *names]
+    command = [sys.executable, "-c", CLIMB, str(ROOT / "tests" / "evidence" / "test_ladder.py"), *names]
     subprocess.run(command, cwd=folder, check=True, timeout=300)
     return {name: outcomes(folder / f"{name}.xml") for name in names}
 
