@@ -95,7 +95,7 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
             "cannot be trusted: IP address mismatch": client(terminals, port, keys / "berlin", "127.0.0.2"),
             f"does not take {unknown}/client.key: either": client(terminals, port, unknown),
             f"does not take {keys}/berlin/client.key: either": client(terminals, port, keys / "berlin"),
-            "wants to know its clients by their keys": client(terminals, port, keyless),
+            "requires a client key": client(terminals, port, keyless),
         }
         for reason, stranger in refused.items():
             assert stranger.wait(120) == 1, reason + stranger.text
