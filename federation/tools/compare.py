@@ -1,17 +1,21 @@
 """Is it the same training? Centralized, local and federated training of one task, side by side.
 
-    python compare.py --data DIR          # 10 clients, 6 rounds, 3 seeds; interrupted, it goes on where it was
-    python compare.py --quick             # a taste of it, on the embedded data, in about two minutes
+    python -m federation.compare --data DIR     # 10 clients, 6 rounds, 3 seeds; interrupted, it goes on where it was
+    python -m federation.compare --quick        # a taste of it, on the embedded data, in about two minutes
 
 Every argument about the accuracy of federated learning is about the budget that is held equal. Here are three: sample
 visits (of all clients together), sequential steps (of the client with the most samples), and seconds on this machine.
 The federated run on IID partitions sets all three, and every other training is read off where it has used them up.
+
+Every training has one thread, unless OMP_NUM_THREADS says otherwise: two threads of one training wait for each other,
+on a busy machine for most of the time, and seconds would say little.
 """
 
 import argparse
 import inspect
 import io
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -22,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from federation.app.config import RunConfig, Settings, parse, validate
+from federation.app.cores import THREADS, share_cores
 from federation.app.partition import Rows, split
 from federation.app.task import build_net, client_seed, find_data, load_task, read_data
 from federation.launch import host, simulation
@@ -210,6 +215,8 @@ def command() -> int:
         config = validate((QUICK if quick else FULL) | args | parse(run_config))
     except ValueError as error:
         parser.error(str(error))
+    os.environ.setdefault(THREADS[0], "1")
+    share_cores()
     config = config.changed(
         partitioner="dirichlet" if config.partitioner == "iid" else config.partitioner,
         data=find_data(load_task(config.task), config.data), out=host.writable(config.out),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from federation.app import cores
@@ -255,6 +256,20 @@ def test_what_cannot_be_compared_fails_in_one_line(failed: Any, options: list[st
     status, errors = failed(script, "compare.py", *options)
     assert (status, errors.count("\n")) == (1, 1)
     assert errors.startswith(f"compare.py: {named}")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_every_training_has_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[int] = []
+    for variable in cores.THREADS:
+        monkeypatch.setenv(variable, "1")  # so that it is put back
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(compare, "run", lambda *_: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", "--out", str(tmp_path)])
+    torch.set_num_threads(2)
+    cores.share_cores.cache_clear()
+    assert compare.command() == 0 and seen == [1]
+    cores.share_cores.cache_clear()
 
 
 @pytest.mark.slow
