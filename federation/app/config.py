@@ -64,6 +64,11 @@ class RunConfig(BaseModel):
         """Return all values by their keys, as in pyproject.toml."""
         return self.model_dump(by_alias=True)
 
+    def train_arguments(self) -> Settings:
+        """Return what a task's train() is called with, besides net, data and seed; no `lr` leaves that to the task."""
+        rate = {"lr": self.learning_rate} if self.learning_rate else {}
+        return {"epochs": self.local_epochs, "batch_size": self.batch_size, **rate}
+
     def changed(self, **values: Any) -> Self:
         """Return a copy with other values, which are not checked."""
         return self.model_copy(update=values)

@@ -67,10 +67,10 @@ def _some_rows(name: str, values: Any) -> NDArray[Any]:
     if isinstance(values, list | tuple):
         values = np.asarray(values)
     size = max(1, _array(name, values[:1]).nbytes)
-    return _array(name, values[_spread(len(values), max(1, LOOKED_AT // size))])
+    return _array(name, values[some_rows(len(values), max(1, LOOKED_AT // size))])
 
 
-def _spread(count: int, most: int) -> NDArray[np.int64]:
+def some_rows(count: int, most: int) -> NDArray[np.int64]:
     """Return all of `count` row numbers, or `most` of them, always the same, in ascending order."""
     if count <= most:
         return np.arange(count)

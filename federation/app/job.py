@@ -28,9 +28,7 @@ class Job:
         self.task: ModuleType = load_task(self.config.task)
         records = message.content.config_records.values()
         self.order: dict[str, Any] = {key: value for record in records for key, value in record.items()}
-        self.settings: dict[str, Any] = {"epochs": self.config.local_epochs, "batch_size": self.config.batch_size}
-        if self.config.learning_rate:
-            self.settings["lr"] = self.config.learning_rate
+        self.settings = self.config.train_arguments()
 
     @property
     def seed(self) -> int:

@@ -33,7 +33,7 @@ def host_run(
     """
     inside = "127.0.0.1", free_port()
     environment = hide_tensorflow.environment() if federation_config else {}
-    with process_group(Path(str(run_config.out)) / "log.txt", environment) as ours:
+    with process_group(Path(run_config.out) / "log.txt", environment) as ours:
         register = KeyRegistry(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         superlink, ca = start_superlink(ours, inside, federation_config is not None, register is not None)
         preparation = Preparation(ours, run_config)
@@ -151,9 +151,8 @@ def bundle(folder: Path, files: Mapping[str, str]) -> Path:
 
     Of the whole project, Flower would ship every script, and look through all environments in it first.
     """
-    ours = [ROOT / name for name in ("pyproject.toml", "client.py", "server.py", "federation/__init__.py")] + [
-        *ROOT.glob("federation/app/**/*.py")
-    ]
+    names = "pyproject.toml", "client.py", "server.py", "federation/__init__.py"
+    ours = [*(ROOT / name for name in names), *ROOT.glob("federation/app/**/*.py")]
     for name, path in ({**files} | {str(path.relative_to(ROOT)): str(path) for path in ours}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)

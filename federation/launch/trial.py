@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from federation.app import weights
 from federation.app.console import one_line
-from federation.app.fingerprint import fingerprint
+from federation.app.fingerprint import fingerprint, some_rows
 from federation.app.task import build_net, seed_generators
 
 SAMPLES, BATCH, SEED = 96, 16, 7
@@ -88,10 +88,6 @@ class Trial:
     def step(self, copies: int = 1, **given: Any) -> Outcome:
         """Train a new net on all samples at once."""
         return self.train(copies=copies, batch_size=copies * len(self.rows), **given)
-
-
-def some_rows(count: int, most: int) -> NDArray[np.int64]:
-    return np.sort(np.random.default_rng(0).permutation(count)[:most])
 
 
 def pick(split: Any, rows: NDArray[np.int64]) -> Any:

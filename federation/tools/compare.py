@@ -69,8 +69,7 @@ class Lab:
         """Train `net` on the samples in `rows`, or on all, with the settings that client.py would use."""
         x, y = self.train_data
         data = (x, y) if rows is None else (x[rows], y[rows])
-        rate = {"lr": self.config.learning_rate} if self.config.learning_rate else {}
-        self.task.train(net, data, epochs=epochs, batch_size=self.config.batch_size, seed=seed, **rate, **more)
+        self.task.train(net, data, seed=seed, **self.config.train_arguments() | {"epochs": epochs} | more)
 
     def train_at_once(self, rows: Rows | None, epochs: int, seed: int) -> list[Point]:
         """Train as the plain script does; a task whose train has `after_epoch` yields a point per epoch, others one."""
