@@ -7,9 +7,11 @@ import importlib.util
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import NamedTuple
+
+from federation.app.layout import SCRIPTS
 
 PACKAGES = {"site-packages", "dist-packages"}
 OURS = "federation", "client", "server", ""  # modules that every process has anyway
@@ -26,22 +28,22 @@ class Import(NamedTuple):
 def sources(task: ModuleType, modules: Iterable[str] = ()) -> dict[str, Path]:
     """Return the files of a task, by their paths from the folder in which Python has found it. It needs no others.
 
-    These are those that its imports name, and those of `modules`, if they are beside it. An installed task has none.
+    These are those that its imports name, and those of `modules`, if they are beside it or among the project's scripts.
+    An installed task has none of its own.
     """
-    base, found = _base(task), {}
-    waiting = [file for name in (task.__name__, *modules) for file in _files(name, base)]
+    base, found, waiting = _base(task), {}, [task.__name__, *modules]
     while waiting:
-        file = waiting.pop()
-        if (name := file.relative_to(base).as_posix()) not in found:
-            found[name] = file
-            waiting += [other for one in imports(file, base) for other in _files(one.name, base)]
+        for name, file in _files(waiting.pop(), base).items():
+            if name not in found:
+                found[name] = file
+                waiting += [one.name for one in imports(file, name)]
     return dict(sorted(found.items()))
 
 
 def compared(task: ModuleType) -> dict[str, Path]:
-    """Return the files of which all clients need the same version: `sources`, or the file of an installed task."""
+    """Return the files of which all clients need the same version: `sources`, and the file of an installed task."""
     file = Path(str(task.__file__)).absolute()
-    return sources(task) or {file.relative_to(_base(task)).as_posix(): file}
+    return {file.relative_to(_base(task)).as_posix(): file} | sources(task)
 
 
 def digests(names: Iterable[str]) -> list[str]:
@@ -64,10 +66,10 @@ def parse(file: Path) -> ast.Module:
 
 
 @functools.cache
-def imports(file: Path, base: Path) -> list[Import]:
-    """Return what a file below `base` imports, at its top and inside of functions."""
+def imports(file: Path, name: str) -> list[Import]:
+    """Return what a file imports, at its top and inside of functions; `name` is its path from where Python finds it."""
     tree = parse(file)
-    package = file.relative_to(base).parent.parts
+    package = PurePosixPath(name).parent.parts
     optional = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
     found = ((name, node) for node in ast.walk(tree) for name in _names(node, package))
     return [Import(name, node.lineno, node in optional) for name, node in found]  # type: ignore[attr-defined]
@@ -90,7 +92,7 @@ def unresolved(task: ModuleType) -> Iterator[str]:
     """Yield, for each import of a task that clients may not be able to follow, where it is and what to do."""
     base = _base(task)
     for name, file in sources(task).items():
-        for one in imports(file, base):
+        for one in imports(file, name):
             if not one.name:
                 yield f"{name}, line {one.line}: which module that imports can only be seen when it runs; name it"
             elif not one.optional and (elsewhere := _elsewhere(one.name.split(".")[0], base)):
@@ -98,8 +100,8 @@ def unresolved(task: ModuleType) -> Iterator[str]:
 
 
 def _elsewhere(module: str, base: Path) -> str:
-    """Say where a module is that is neither beside the task nor installed, "" if it is one of these."""
-    if _files(module, base) or (base / module).is_dir():
+    """Say where a module is that is neither beside the task nor installed nor ours, "" if it is one of these."""
+    if module in OURS or _files(module, base) or any((folder / module).is_dir() for folder in (base, SCRIPTS)):
         return ""
     spec = importlib.util.find_spec(module)
     if spec is None:
@@ -122,12 +124,19 @@ def _base(task: ModuleType) -> Path:
     return file.parents[task.__name__.count(".") + (file.name == "__init__.py")]
 
 
-def _files(module: str, base: Path) -> list[Path]:
-    """Return the files below `base` that Python runs to import a module, or that hold a name like `module.name`."""
-    if module.split(".")[0] in OURS or _is_installed(base):
-        return []
+def _files(module: str, base: Path) -> dict[str, Path]:
+    """Return the files that Python runs to import a module from `base`, or else from the project's scripts.
+
+    They are keyed by their paths from there. A module may also be a name in one: `module.name`.
+    """
+    if module.split(".")[0] in OURS:
+        return {}
+    return ({} if _is_installed(base) else _files_below(base, module)) or _files_below(SCRIPTS, module)
+
+
+def _files_below(folder: Path, module: str) -> dict[str, Path]:
     found = []
     for depth in range(1, module.count(".") + 2):
-        path = base.joinpath(*module.split(".")[:depth])
+        path = folder.joinpath(*module.split(".")[:depth])
         found += [file for file in (path / "__init__.py", path.with_name(f"{path.name}.py")) if file.is_file()][:1]
-    return found
+    return {file.relative_to(folder).as_posix(): file for file in found}

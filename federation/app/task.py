@@ -15,6 +15,7 @@ import numpy as np
 from federation.app import hide_tensorflow
 from federation.app.console import FOLDER, one_line
 from federation.app.fingerprint import fingerprint
+from federation.app.layout import SCRIPTS
 
 CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the arguments that it is called with
     "Net": (),
@@ -31,8 +32,7 @@ def load_task(name: str) -> ModuleType:
 
     Raises ValueError where it cannot be imported or breaks the contract.
     """
-    if FOLDER in os.environ and os.environ[FOLDER] not in sys.path:
-        sys.path.insert(0, os.environ[FOLDER])
+    add_task_folders()
     hide_tensorflow.reveal()
     try:
         task = importlib.import_module(name)
@@ -45,6 +45,14 @@ def load_task(name: str) -> ModuleType:
         raise ValueError(f"task {name!r} cannot be imported: {one_line(error)}{remedy}") from None
     check_contract(task)
     return task
+
+
+def add_task_folders() -> None:
+    """Let Python look for tasks in the folder in which the program was started, and last among the project's own."""
+    if FOLDER in os.environ and os.environ[FOLDER] not in sys.path:
+        sys.path.insert(0, os.environ[FOLDER])
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))
 
 
 @functools.cache

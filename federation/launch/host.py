@@ -13,6 +13,7 @@ from typing import Any
 
 from federation.app import hide_tensorflow
 from federation.app.config import RunConfig, Settings
+from federation.app.layout import PACKAGE, SCRIPTS
 from federation.launch.key_registry import KeyRegistry
 from federation.launch.network import Address, LaunchError, free_port, is_up, shown
 from federation.launch.process_group import ROOT, ProcessGroup, process_group, relay
@@ -151,9 +152,9 @@ def bundle(folder: Path, files: Mapping[str, str]) -> Path:
 
     Of the whole project, Flower would ship every script, and look through all environments in it first.
     """
-    names = "pyproject.toml", "client.py", "server.py", "federation/__init__.py"
-    ours = [*(ROOT / name for name in names), *ROOT.glob("federation/app/**/*.py")]
-    for name, path in ({**files} | {str(path.relative_to(ROOT)): str(path) for path in ours}).items():
+    scripts = {name: SCRIPTS / name for name in ("pyproject.toml", "client.py", "server.py")}
+    package = {str(path.relative_to(ROOT)): path for path in (PACKAGE / "__init__.py", *PACKAGE.glob("app/**/*.py"))}
+    for name, path in {**files, **scripts, **package}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     return folder
