@@ -152,9 +152,10 @@ def bundle(folder: Path, files: Mapping[str, str]) -> Path:
 
     Of the whole project, Flower would ship every script, and look through all environments in it first.
     """
-    scripts = {name: SCRIPTS / name for name in ("pyproject.toml", "client.py", "server.py")}
-    package = {str(path.relative_to(ROOT)): path for path in (PACKAGE / "__init__.py", *PACKAGE.glob("app/**/*.py"))}
-    for name, path in {**files, **scripts, **package}.items():
+    shipped: dict[str, str | Path] = {**files}
+    shipped |= {name: SCRIPTS / name for name in ("pyproject.toml", "client.py", "server.py")}
+    shipped |= {str(path.relative_to(ROOT)): path for path in (PACKAGE / "__init__.py", *PACKAGE.glob("app/**/*.py"))}
+    for name, path in shipped.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     return folder
