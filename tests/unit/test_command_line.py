@@ -13,7 +13,6 @@ import pytest
 from federation import __main__ as federate
 from federation.app.config import defaults
 from federation.launch import client_command, host, join, server_command
-from federation.launch.command_line import run_script
 from tests.conftest import ROOT
 
 Failed = Callable[..., tuple[int, str]]
@@ -45,9 +44,7 @@ def test_without_a_command_it_shows_all_of_them() -> None:
 def test_the_help_of_the_server_names_the_defaults_of_the_run_config() -> None:
     help = shown("server", "--help")
     named = dict(re.findall(r"(--\w+) .*\(default: (.*)\)", help))
-    assert {option: named[option] for option in SHORT} == {
-        option: str(defaults()[key]) for option, key in SHORT.items()
-    }
+    assert {option: named[option] for option in SHORT} == {name: str(defaults()[key]) for name, key in SHORT.items()}
     assert "federate server --task my_script --simulate 10\n" in help
 
 
@@ -82,16 +79,15 @@ def test_shells_ask_it_how_to_go_on(typed: str, offered: list[str]) -> None:
     assert shown(**asked).split() == offered
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+@pytest.mark.skipif(os.name == "nt" or not shutil.which("bash"), reason="there is no bash here")
 def test_bash_completes_it_with_the_script_that_it_shows(tmp_path: Path) -> None:
     command = tmp_path / "federate"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m federation "$@"\n')
     command.chmod(0o700)
     completion = shown("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
-    script = f"{completion}\nCOMP_WORDS=(federate server --ro) COMP_CWORD=2\n"
-    script += (
-        'function=$(complete -p federate | grep -o "_federate[a-z_]*")\n"$function" federate\necho "${COMPREPLY[@]}"'
-    )
+    typed = "COMP_WORDS=(federate server --ro) COMP_CWORD=2"
+    ask = '$(complete -p federate | grep -o "_federate[a-z_]*") federate; echo "${COMPREPLY[@]}"'
+    script = f"{completion}\n{typed}\n{ask}"
     environment = os.environ | PYTHON | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     assert subprocess.check_output(["bash", "-c", script], env=environment, text=True) == "--rounds\n"
 
@@ -141,12 +137,10 @@ def test_both_doors_lead_to_the_same_run(
     options = ("--simulate", "3", "--run-config", "seed=4", "batch-size=8", "--run-config", "tau=0.5", "--rounds", "7")
     line = ("--server", "[::1]:9", "--wait", "2", "--partition-id", "0", "--num-partitions", "2")
     if door == "federate":
-        assert (
-            failed(federate.main, door, "server", *options)[0] == failed(federate.main, door, "client", *line)[0] == 0
-        )
+        ended = failed(federate.main, door, "server", *options), failed(federate.main, door, "client", *line)
     else:
-        assert failed(lambda: run_script(server_command.server), "server.py", *options)[0] == 0
-        assert failed(lambda: run_script(client_command.client), "client.py", *line)[0] == 0
+        ended = failed(server_command.main, "server.py", *options), failed(client_command.main, "client.py", *line)
+    assert ended == ((0, ""), (0, ""))
     [(_, config, nodes, tls)] = hosted
     assert (config.num_clients, config.num_server_rounds, config.seed, config.batch_size, config.tau) == (
         3,
