@@ -29,7 +29,7 @@ def sources(task: ModuleType, modules: Iterable[str] = ()) -> dict[str, Path]:
     """Return the files of a task, by their paths from the folder in which Python has found it. It needs no others.
 
     These are those that its imports name, and those of `modules`, if they are beside it or among the project's scripts.
-    An installed task has none of its own.
+    An installed task has none.
     """
     base, found, waiting = _base(task), {}, [task.__name__, *modules]
     while waiting:
@@ -41,9 +41,9 @@ def sources(task: ModuleType, modules: Iterable[str] = ()) -> dict[str, Path]:
 
 
 def compared(task: ModuleType) -> dict[str, Path]:
-    """Return the files of which all clients need the same version: `sources`, and the file of an installed task."""
+    """Return the files of which all clients need the same version: `sources`, or the file of an installed task."""
     file = Path(str(task.__file__)).absolute()
-    return {file.relative_to(_base(task)).as_posix(): file} | sources(task)
+    return sources(task) or {file.relative_to(_base(task)).as_posix(): file}
 
 
 def digests(names: Iterable[str]) -> list[str]:
