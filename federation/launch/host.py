@@ -13,6 +13,8 @@ from typing import Any
 
 from federation.app import hide_tensorflow
 from federation.app.config import RunConfig, Settings
+from federation.launch import warm
+from federation.launch.fork_server import PREPARE
 from federation.launch.key_registry import KeyRegistry
 from federation.launch.network import Address, LaunchError, free_port, is_up, shown
 from federation.launch.process_group import ROOT, ProcessGroup, process_group, relay
@@ -34,7 +36,9 @@ def host_run(
     inside = "127.0.0.1", free_port()
     environment = hide_tensorflow.environment() if federation_config else {}
     with process_group(Path(run_config.out) / "log.txt", environment) as ours:
+        console = ours.open_console()
         register = KeyRegistry(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
+        ours.expect(warm.frameworks_of(run_config.task, [Path.cwd(), ROOT], with_tensorflow=not federation_config))
         superlink, ca = start_superlink(ours, inside, federation_config is not None, register is not None)
         preparation = Preparation(ours, run_config)
         found = preparation.found(tried=federation_config is None)
@@ -47,7 +51,7 @@ def host_run(
         if not federation_config:
             start_proxy(ours, address, inside, ca, tls)
         preparation.found(tried=True)  # a simulation takes longer to start than this
-        status = relay(run, ours.log)
+        status = relay(run, ours.log, console)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status
@@ -58,9 +62,9 @@ class Preparation:
 
     def __init__(self, ours: ProcessGroup, config: RunConfig) -> None:
         self.task, self.report = config.task, ours.home / "task.json"
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from federation.launch.prepare import main; main()"
-        command = [sys.executable, "-P", "-c", code, json.dumps(config.values()), str(self.report)]
-        self.process = ours.popen(*command, stdout=None, stderr=None)
+        forked = ours.home / "bin" / PREPARE
+        command = [str(forked)] if forked.exists() else warm.PLAIN
+        self.process = ours.popen(*command, json.dumps(config.values()), str(self.report), stdout=None, stderr=None)
 
     def found(self, tried: bool) -> dict[str, Any]:
         """Wait until the task has been read or also `tried`; return where its `data` are, and its `files` by name.
