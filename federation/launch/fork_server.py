@@ -21,6 +21,7 @@ import selectors
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Container
 from contextlib import suppress
 from importlib.metadata import EntryPoint, entry_points
@@ -35,6 +36,7 @@ FRAMEWORKS = {"triton", "torch", "torchvision", "jax", "jaxlib", "flax", "optax"
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 UNSAFE = 3  # the exit status after which no other fork server should be started
 
+expected: deque[str] = deque()  # modules of frameworks that are imported as soon as no request waits
 ended_with: list[int] = []  # in a child: the exit status of its command, once that has ended
 
 Command = Callable[[], int | str | None]
@@ -78,11 +80,13 @@ def serve(listener: socket.socket, names: Container[str]) -> Request:
     watched = selectors.DefaultSelector()
     watched.register(listener, selectors.EVENT_READ)
     while True:
-        for key, _ in watched.select():
+        for key, _ in watched.select(0 if expected else None):
             if key.data:
                 key.data()
             elif (request := receive(listener, names)) and not fork(request, watched):
                 return request
+        if expected and not watched.select(0):
+            import_all([expected.popleft()])
 
 
 def receive(listener: socket.socket, names: Container[str]) -> Request | None:
@@ -95,6 +99,8 @@ def receive(listener: socket.socket, names: Container[str]) -> Request | None:
         kind, *request = ast.literal_eval(text.decode())
         if kind == "import":
             import_all(*request)
+        elif kind == "expect":
+            expected.extend(*request)
         elif Path(request[1][0]).name in names:
             return request, connection, streams
     for stream in streams:
@@ -194,15 +200,19 @@ def frameworks() -> list[str]:
     return [name for name in sys.modules if name.partition(".")[0] in FRAMEWORKS]
 
 
-def request_imports(path: str, names: list[str]) -> None:
-    """Ask the fork server at a socket to import modules of frameworks, so that its next children have them."""
-    request = ascii(("import", names)).encode()
+def request_imports(path: str, names: list[str], kind: str = "import") -> None:
+    """Ask the fork server at a socket to import modules of frameworks: the next child has them.
+
+    Or, where `kind` is "expect", each of them as soon as no request waits.
+    """
+    request = ascii((kind, names)).encode()
     with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         connection.sendall(len(request).to_bytes(8, "big") + request)
 
 
 def import_all(names: list[str]) -> None:
+    """Import those of the modules that belong to a framework: who names them may be a server."""
     for name in names:
         if name not in sys.modules and name.partition(".")[0] in FRAMEWORKS:
             with suppress(Exception):  # some only look like modules

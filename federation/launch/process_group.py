@@ -92,10 +92,10 @@ class ProcessGroup:
         self.environment[CONSOLE] = str(console)
         return console
 
-    def expect(self, modules: list[str]) -> None:
-        """Have the fork server, if there is one, import modules of frameworks, as it would once a child had them."""
-        if self.warm:
-            request_imports(str(self.home / "fork"), modules)
+    def expect(self, modules: list[str], at_once: bool = False) -> None:
+        """Have the fork server, if there is one, import modules of frameworks before a child needs them."""
+        if self.warm and modules:
+            request_imports(str(self.home / "fork"), modules, "import" if at_once else "expect")
 
     def start_fork_server(self, listener: socket.socket, address: Path) -> "subprocess.Popen[str] | None":
         with self.lock:  # so that none is started once all have been killed
