@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the proxy need not wait for Flower
@@ -57,7 +58,7 @@ def announce_end(function: "Callable[[Grid, Context], None]") -> "Callable[[Grid
     @functools.wraps(function)
     def wrapper(grid: "Grid", context: "Context") -> None:
         if CONSOLE in os.environ and not pipes:
-            pipes.append(open(os.environ[CONSOLE], "w", encoding="utf-8"))
+            pipes.append(Path(os.environ[CONSOLE]).open("w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
         try:
             function(grid, context)
         except Exception as error:

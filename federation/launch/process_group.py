@@ -85,7 +85,7 @@ class ProcessGroup:
         self.keeper.start()
 
     def open_console(self) -> Path | None:
-        """Make the named pipe for a ServerApp's lines, of which the processes started from now on know. Windows has none."""
+        """Make a named pipe for a ServerApp's lines and name it to processes started from now on. Windows has none."""
         if not hasattr(os, "mkfifo"):
             return None
         os.mkfifo(console := self.home / "console", 0o600)
