@@ -13,7 +13,7 @@ COPY containers/client.txt containers/
 RUN pip install -r containers/client.txt
 RUN useradd --create-home app \
     && mkdir -p /app/runs /data /keys/clients && chown -R app /app /data /keys
-COPY pyproject.toml cifar.py client.py server.py ./
+COPY pyproject.toml cifar.py cifar_data.py client.py server.py ./
 COPY federation federation
 USER app
 VOLUME ["/data", "/keys/clients"]

@@ -1,34 +1,26 @@
-"""Train a small convolutional network on CIFAR-10. Plain PyTorch, one file.
+"""Train a small convolutional network on CIFAR-10, in plain PyTorch.
 
     python cifar.py                      # 5 epochs, about half a minute on two cores
     python cifar.py --data DIR --epochs 10
 
 The network is the one of PyTorch's 60-minute blitz: two convolutions, three linear layers, 62,006 parameters.
 Images stay in memory as bytes and are normalised a batch at a time, so an epoch does no Python work per image.
+cifar_data.py finds and reads the images.
 """
 
 import argparse
-import hashlib
-import io
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-Data = tuple[Tensor, Tensor]  # images (n, 32, 32, 3) uint8, labels (n,) int64
-
-CLASSES = 10
-DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cifar10"
-ORIGINAL = "cifar-10-batches-py"  # the folder that CIFAR-10 comes in
-EMBEDDED = "embedded"  # the name of the generated data set, for machines that have neither data nor a network
+from cifar_data import CLASSES, Data, find_data, load_data, save
 
 
 class Net(nn.Module):
@@ -100,120 +92,6 @@ def pick_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is the accelerator of this machine, or its CPU if it has none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return torch.device(name) if name != "auto" else accelerator or torch.device("cpu")
-
-
-def load_data(root: str | None = None) -> tuple[Data, Data]:
-    """Return `(x_train, y_train), (x_test, y_test)`, decoded once; then rows are read from a file as they are used."""
-    source = find_data(root)
-    if source == EMBEDDED:
-        return embedded_data(10_000, seed=1), embedded_data(2_000, seed=2)
-    folders = [at for name in ("train", "test", ORIGINAL) for at, _, _ in os.walk(Path(source, name), followlinks=True)]
-    files = [(file.path, file.stat().st_size, file.stat().st_mtime_ns) for at in folders for file in os.scandir(at)]
-    digest = hashlib.sha256(repr(sorted(files)).encode()).hexdigest()  # another one when any file has changed
-    cache = DATA_DIR.with_name("cifar10-decoded") / f"{digest[:16]}.pt"
-    try:
-        data: tuple[Data, Data] = torch.load(cache, mmap=True)
-    except (OSError, RuntimeError):  # missing or damaged
-        data = decode(Path(source), "train"), decode(Path(source), "test")
-        try:
-            save(data, cache)
-        except OSError as error:
-            print(f"WARNING: decoded images are not kept for the next start: {error}", file=sys.stderr)
-    return data
-
-
-def find_data(root: str | None = None) -> str:
-    """Return the folder that has the data, or EMBEDDED if there is none. Raises ValueError if `root` has none."""
-    if root == EMBEDDED:
-        return EMBEDDED
-    folder = Path(root or DATA_DIR).expanduser().absolute()
-    if (folder / "train").is_dir() or (folder / ORIGINAL).is_dir():
-        return str(folder)
-    if root and not folder.is_dir():
-        raise ValueError(f"data folder {folder} does not exist")
-    if root and {path.name for path in folder.iterdir()} - {"cifar-10-python.tar.gz"}:  # CIFAR-10 must not replace it
-        raise ValueError(f"data folder {folder} has no train/<class>/ and test/<class>/ with images, nor CIFAR-10")
-    try:
-        from torchvision.datasets import CIFAR10  # here, because it takes as long to import as torch itself
-
-        CIFAR10(folder, download=True)
-        return str(folder)
-    except Exception as error:  # the lack of a network shows in many ways
-        if root:
-            raise ValueError(f"{folder} has no train/ and test/, and CIFAR-10 cannot be downloaded: {error}") from None
-    print(f"WARNING: {DATA_DIR} has no CIFAR-10, and it cannot be downloaded. Using a small EMBEDDED data set,\n"
-          "WARNING: not CIFAR-10. To train on your own images, use --data DIR.", file=sys.stderr)  # fmt: skip
-    return EMBEDDED
-
-
-def decode(root: Path, split: str) -> Data:
-    """Read the images of a split, scaled to 32×32. Raises ValueError if data are missing or damaged."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.folder import pil_loader
-
-    if not (root / "train").is_dir():
-        try:
-            original = CIFAR10(root, train=split == "train")
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{root / ORIGINAL} is damaged; remove it to download it again ({error})") from None
-        return torch.from_numpy(original.data.copy()), torch.tensor(original.targets)
-    samples = list_images(root, split)
-    images = np.empty((len(samples), 32, 32, 3), np.uint8)
-    for row, (path, _) in enumerate(tqdm(samples, f"reading {split} images", leave=False, disable=None)):
-        try:
-            images[row] = pil_loader(path).resize((32, 32))
-        except Exception as error:  # each format has its own
-            raise ValueError(f"image {path} is damaged: {error}") from None
-    return torch.from_numpy(images), torch.tensor([label for _, label in samples])
-
-
-def list_images(root: Path, split: str) -> list[tuple[str, int]]:
-    """Return the path and label of each image of a split. Raises ValueError if a class is missing or has no image."""
-    from torchvision.datasets.folder import is_image_file, make_dataset
-
-    classes = class_names(root / split)
-    if len(classes) != CLASSES or classes != class_names(root / "train"):
-        raise ValueError(f"{root / split} has {len(classes)} classes ({', '.join(classes)}); "
-                         f"{CLASSES} are needed, the same in train/ and test/")  # fmt: skip
-    labels = {name: label for label, name in enumerate(classes)}
-    files = make_dataset(root / split, labels, is_valid_file=is_visible, allow_empty=True)
-    samples = [(path, label) for path, label in files if is_image_file(path)]
-    if len(samples) < len(files):
-        formats = sorted({Path(path).suffix or Path(path).name for path, _ in files if not is_image_file(path)})
-        print(f"WARNING: {len(files) - len(samples)} files in {root / split} are skipped: no image format that "
-              f"torchvision reads ({', '.join(formats)})", file=sys.stderr)  # fmt: skip
-    if empty := sorted({*classes} - {classes[label] for _, label in samples}):
-        raise ValueError(f"{root / split} has no images of the classes {', '.join(empty)}")
-    return samples
-
-
-def class_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*/") if is_visible(path))
-
-
-def is_visible(path: str | Path) -> bool:
-    """Tell whether the user knows of a file or folder, unlike of .ipynb_checkpoints, .DS_Store and __MACOSX."""
-    return not Path(path).name.startswith((".", "__"))
-
-
-def embedded_data(samples: int, seed: int) -> Data:
-    """Generate images of ten coarse patterns, each a few pixels off its place and covered with noise."""
-    patterns = np.random.default_rng(0).integers(0, 60, (CLASSES, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
-    moved = np.stack([np.roll(patterns, (i // 9 - 4, i % 9 - 4), (1, 2)) for i in range(81)], axis=1)
-    random = np.random.default_rng(seed)
-    labels = random.integers(CLASSES, size=samples)
-    images = moved[labels, random.integers(81, size=samples)] + random.integers(0, 196, (samples, 32, 32, 3), np.uint8)
-    return torch.from_numpy(images), torch.from_numpy(labels)
-
-
-def save(value: object, path: Path) -> None:
-    """Write `value` to a file that nobody sees half written. Raises OSError if the disk is full."""
-    torch.save(value, content := io.BytesIO())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        unfinished = Path(folder, path.name)
-        unfinished.write_bytes(content.getbuffer())
-        unfinished.replace(path)
 
 
 def main() -> None:

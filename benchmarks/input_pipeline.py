@@ -21,6 +21,7 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar
+from cifar_data import DATA_DIR
 
 BATCH = 32
 
@@ -52,7 +53,7 @@ def bare(data: cifar.Data) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=cifar.DATA_DIR, help="an image folder")
+    parser.add_argument("--data", type=Path, default=DATA_DIR, help="an image folder")
     parser.add_argument("--samples", type=int, default=20_000, help="per measurement")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from harness import federate, run_app
 
-import cifar
 from federation.launch.command import run_command
 
 IDLE_APP = Path(__file__).resolve().parent / "idle_app"
@@ -41,7 +40,7 @@ def show(name: str, seconds: list[float]) -> None:
 
 def command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default=cifar.EMBEDDED, metavar="DIR", help="as in cifar.py (default: embedded)")
+    parser.add_argument("--data", default="embedded", metavar="DIR", help="as in cifar.py (default: embedded)")
     parser.add_argument("--rounds", type=int, default=4, metavar="R")
     parser.add_argument("--repeats", type=int, default=1, metavar="N")
     args = parser.parse_args()

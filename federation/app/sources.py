@@ -1,4 +1,4 @@
-"""The source files of a task: its own, and those that it imports from beside it, wherever in them it does so."""
+"""The source files of a task: its own, and the modules that it imports from its folder, anywhere in its code."""
 
 import ast
 import functools
@@ -7,36 +7,37 @@ import importlib.util
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from federation.app.layout import SCRIPTS
 
 PACKAGES = {"site-packages", "dist-packages"}
-OURS = "federation", "client", "server", ""  # modules that every process has anyway
+OURS = "federation", "client", "server", ""  # modules that every process has
 
 
 class Import(NamedTuple):
-    """A module that a file imports, or "" where only running the file can tell which one that is."""
+    """A module that a file imports, or "" if only running the file can tell which one."""
 
     name: str
     line: int
-    optional: bool  # it is in a `try`
+    optional: bool  # whether it is in a `try`
 
 
 def sources(task: ModuleType, modules: Iterable[str] = ()) -> dict[str, Path]:
-    """Return the files of a task, by their paths from the folder in which Python has found it. It needs no others.
+    """Return the files that a task needs, by their paths from the folder in which Python found them.
 
-    These are those that its imports name, and those of `modules`, if they are beside it or among the project's scripts.
-    An installed task has none.
+    These are its own file, and those that it imports, directly or not, from its folder or the project's; also those of
+    `modules`, if they are there. A task that is installed as a package needs none.
     """
-    base, found, waiting = _base(task), {}, [task.__name__, *modules]
+    base, found = _base(task), {}
+    waiting = [file for name in (task.__name__, *modules) for file in _files(name, base).items()]
     while waiting:
-        for name, file in _files(waiting.pop(), base).items():
-            if name not in found:
-                found[name] = file
-                waiting += [one.name for one in imports(file, name)]
+        name, file = waiting.pop()
+        if name not in found:
+            found[name] = file
+            waiting += [other for one in imports(file, name) for other in _files(one.name, base).items()]
     return dict(sorted(found.items()))
 
 
@@ -67,9 +68,9 @@ def parse(file: Path) -> ast.Module:
 
 @functools.cache
 def imports(file: Path, name: str) -> list[Import]:
-    """Return what a file imports, at its top and inside of functions; `name` is its path from where Python finds it."""
+    """Return what a file imports, at its top and inside of functions. `name` is its path from where Python looks."""
     tree = parse(file)
-    package = PurePosixPath(name).parent.parts
+    package = Path(name).parent.parts
     optional = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
     found = ((name, node) for node in ast.walk(tree) for name in _names(node, package))
     return [Import(name, node.lineno, node in optional) for name, node in found]  # type: ignore[attr-defined]
@@ -89,19 +90,19 @@ def _names(node: ast.AST, package: tuple[str, ...]) -> list[str]:
 
 
 def unresolved(task: ModuleType) -> Iterator[str]:
-    """Yield, for each import of a task that clients may not be able to follow, where it is and what to do."""
+    """Yield, for each import of a task that clients may be unable to resolve, where it is and what to do."""
     base = _base(task)
     for name, file in sources(task).items():
         for one in imports(file, name):
             if not one.name:
-                yield f"{name}, line {one.line}: which module that imports can only be seen when it runs; name it"
+                yield f"{name}, line {one.line}: which module this imports is only known at run time; name it"
             elif not one.optional and (elsewhere := _elsewhere(one.name.split(".")[0], base)):
                 yield f"{name}, line {one.line}: {one.name} {elsewhere}"
 
 
 def _elsewhere(module: str, base: Path) -> str:
-    """Say where a module is that is neither beside the task nor installed nor ours, "" if it is one of these."""
-    if module in OURS or _files(module, base) or any((folder / module).is_dir() for folder in (base, SCRIPTS)):
+    """Return where a module is if it is neither beside the task nor installed, otherwise ""."""
+    if module in OURS or _files(module, base) or (base / module).is_dir():
         return ""
     spec = importlib.util.find_spec(module)
     if spec is None:
@@ -109,34 +110,36 @@ def _elsewhere(module: str, base: Path) -> str:
     places = [spec.origin] if spec.origin else [*(spec.submodule_search_locations or ())]
     if not places or places[0] in ("built-in", "frozen") or _is_installed(Path(places[0])):
         return ""
-    return f"is at {places[0]} and is not sent to clients; put it beside the task, or install it on each client"
+    return f"is at {places[0]} and is not sent to clients; move it next to the task, or install it on each client"
 
 
 def _is_installed(path: Path) -> bool:
-    """Tell whether a path lies in the folders of Python's own modules, or of packages."""
+    """Return whether a path is in a folder of the standard library or of installed packages."""
     folders = sys.prefix, sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")
     return any(map(path.is_relative_to, folders)) or bool(PACKAGES.intersection(path.parts))
 
 
 def _base(task: ModuleType) -> Path:
-    """Return the folder in which Python has found a task: for a module of a package, the one above that."""
+    """Return the folder in which Python found a task: for a module of a package, the folder of the package."""
     file = Path(str(task.__file__)).absolute()
     return file.parents[task.__name__.count(".") + (file.name == "__init__.py")]
 
 
 def _files(module: str, base: Path) -> dict[str, Path]:
-    """Return the files that Python runs to import a module from `base`, or else from the project's scripts.
+    """Return the files in `base`, or else in the project's folder, that Python runs to import a module or a name in it.
 
-    They are keyed by their paths from there. A module may also be a name in one: `module.name`.
+    The keys are their paths from that folder.
     """
-    if module.split(".")[0] in OURS:
+    parts = module.split(".")
+    if parts[0] in OURS:
         return {}
-    return ({} if _is_installed(base) else _files_below(base, module)) or _files_below(SCRIPTS, module)
+    for folder in (base, SCRIPTS):  # a task in another folder may import cifar_data, too
+        files = [_file(folder.joinpath(*parts[:depth])) for depth in range(1, len(parts) + 1)]
+        if any(files) and (folder == SCRIPTS or not _is_installed(folder)):
+            return {file.relative_to(folder).as_posix(): file for file in files if file}
+    return {}
 
 
-def _files_below(folder: Path, module: str) -> dict[str, Path]:
-    found = []
-    for depth in range(1, module.count(".") + 2):
-        path = folder.joinpath(*module.split(".")[:depth])
-        found += [file for file in (path / "__init__.py", path.with_name(f"{path.name}.py")) if file.is_file()][:1]
-    return {file.relative_to(folder).as_posix(): file for file in found}
+def _file(path: Path) -> Path | None:
+    """Return the file of the module at `path`, which has no suffix, if there is one."""
+    return next(filter(Path.is_file, (path / "__init__.py", path.with_name(f"{path.name}.py"))), None)

@@ -80,7 +80,7 @@ def test_clients_and_server_agree_on_every_global_model(run: SimpleNamespace) ->
 def test_final_model_loads_and_is_the_one_reported(run: SimpleNamespace) -> None:
     net = cifar.Net()
     net.load_state_dict(torch.load(run.folder / "final_model.pt", weights_only=True))
-    _, test_data = cifar.load_data(cifar.EMBEDDED)
+    _, test_data = cifar.load_data("embedded")
     loss, accuracy = cifar.test(net, test_data)
     assert accuracy == run.metrics["rounds"][-1]["server_accuracy"]
     assert loss == pytest.approx(run.metrics["rounds"][-1]["server_loss"], rel=1e-5)

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_ssh_private_key
 
 import cifar
+import cifar_data
 from federation.app import weights
 from federation.app.checkpoint import save_checkpoint
 from federation.app.config import RunConfig, validate
@@ -57,10 +58,12 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     @contextmanager
     def process_group(*_: object, **__: object) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(home=tmp_path, start=start, popen=popen)
+        yield SimpleNamespace(
+            home=tmp_path, start=start, popen=popen, open_console=lambda: None, expect=lambda modules, at_once: None
+        )
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cifar, "DATA_DIR", tmp_path / "cache" / "cifar10")
+    monkeypatch.setattr(cifar_data, "DATA_DIR", tmp_path / "cache" / "cifar10")
     monkeypatch.setattr(host, "process_group", process_group)
     monkeypatch.setattr(host, "await_server", lambda *_: pytest.fail("it went on to serve"))
     for proxy in ("http_proxy", "https_proxy"):
@@ -416,8 +419,8 @@ def test_a_port_that_is_taken_leaves_the_results_of_its_owner_alone(
 def begun(tmp_path: Path) -> Path:
     """Return the folder of a run that has been interrupted after its first round."""
     folder = tmp_path / "runs" / "federated"
-    config = validate({"data": cifar.EMBEDDED, "out": str(folder), "learning-rate": 0.01, "seed": 7}).values()
-    dataset = {"name": cifar.EMBEDDED, "train": 10_000, "test": 2_000}
+    config = validate({"data": cifar_data.EMBEDDED, "out": str(folder), "learning-rate": 0.01, "seed": 7}).values()
+    dataset = {"name": cifar_data.EMBEDDED, "train": 10_000, "test": 2_000}
     metrics = {"config": config, "dataset": dataset, "rounds": [{"round": 0}, {"round": 1}]}
     folder.mkdir(parents=True)
     save_checkpoint(metrics, {"arrays": weights.from_net(cifar.Net())}, folder)
@@ -452,7 +455,7 @@ def test_a_run_is_resumed_with_its_own_config(command: Command, begun: Path, mon
     monkeypatch.setattr(host, "host_run", lambda address, config, simulated, tls: hosted.append(config) or 0)
     assert command("server.py", "--resume", "--rounds", "5", "--address", f"127.0.0.1:{free_port()}")[0] == 0
     (config,) = hosted
-    own = {"data": cifar.EMBEDDED, "out": str(begun), "learning-rate": 0.01, "seed": 7}
+    own = {"data": cifar_data.EMBEDDED, "out": str(begun), "learning-rate": 0.01, "seed": 7}
     assert config == validate(own | {"num-server-rounds": 5, "resume": True})
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cifar
+import cifar_data
 from tests.conftest import ROOT, Terminals, eventually
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # more are no faster here, and far slower where others use the cores
@@ -36,13 +37,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give each test a cache folder of its own, and no network."""
     for proxy in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")
-    monkeypatch.setattr(cifar, "DATA_DIR", tmp_path / "cache" / "cifar10")
+    monkeypatch.setattr(cifar_data, "DATA_DIR", tmp_path / "cache" / "cifar10")
     return tmp_path / "cache" / "cifar10"
 
 
 @pytest.fixture(scope="module")
 def some_data() -> cifar.Data:
-    return cifar.embedded_data(101, seed=3)  # so that the last batch of 32 has five
+    return cifar_data.embedded_data(101, seed=3)  # so that the last batch of 32 has five
 
 
 def new_net(seed: int = 0) -> cifar.Net:
@@ -291,7 +292,7 @@ def test_command_saves_the_model_that_it_reports(command: SimpleNamespace) -> No
     assert [path.name for path in command.folder.iterdir()] == ["model.pt"]
     net = cifar.Net()
     net.load_state_dict(torch.load(command.folder / "model.pt", weights_only=True))
-    loss, accuracy = cifar.test(net, cifar.embedded_data(2_000, seed=2))
+    loss, accuracy = cifar.test(net, cifar_data.embedded_data(2_000, seed=2))
     _, _, test_loss, reported, _ = command.text.splitlines()[-2].split()
     assert reported == f"{accuracy:.4f}"
     assert float(test_loss) == pytest.approx(loss, abs=2e-4)
@@ -307,7 +308,7 @@ def test_command_names_what_it_skips_in_a_folder_of_images(terminals: Terminals)
         (terminals.folder / "mine" / split / ".ipynb_checkpoints").mkdir()
     status, text = terminals.run("cifar.py", "--data", "mine", "--epochs", "1", **ONE_THREAD)
     warnings, rest = text.splitlines()[:2], text.splitlines()[2:]
-    said = "WARNING: 10 files in {} are skipped: no image format that torchvision reads (.heic)"
+    said = "WARNING: skipped 10 files in {}: torchvision cannot read .heic"
     assert status == 0 and warnings == [said.format(terminals.folder / "mine" / split) for split in ("train", "test")]
     assert rest[0] == f"10 training and 10 test images: {terminals.folder / 'mine'}; device: cpu"
 
@@ -351,7 +352,7 @@ def test_original_files(original: Path, monkeypatch: pytest.MonkeyPatch) -> None
     expected = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     assert np.array_equal(x_train.numpy(), expected)
     assert len(x_test) == len(y_test) == 4
-    monkeypatch.setattr(cifar, "decode", lambda *_: pytest.fail("they are decoded again"))
+    monkeypatch.setattr(cifar_data, "decode", lambda *_: pytest.fail("they are decoded again"))
     (again, _), _ = cifar.load_data(str(original))
     assert torch.equal(again, x_train)
 
@@ -379,7 +380,7 @@ def test_stopped_while_training_it_keeps_the_last_finished_epoch(terminals: Term
     assert [path.name for path in model.parent.iterdir()] == ["model.pt"]
     net = cifar.Net()
     net.load_state_dict(torch.load(model, weights_only=True))
-    assert f"{cifar.test(net, cifar.embedded_data(2_000, seed=2))[1]:.4f}" == row.split()[3]
+    assert f"{cifar.test(net, cifar_data.embedded_data(2_000, seed=2))[1]:.4f}" == row.split()[3]
     assert terminals.processes() == []
 
 
@@ -389,12 +390,14 @@ PEAK = """
 import re, sys
 sys.argv = ["cifar.py", "--epochs", "1", "--data", sys.argv[1]]
 import cifar
+import cifar_data
 cifar.main()
 print("peak", re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 SECONDS = """
 import sys, time
 import cifar
+import cifar_data
 started = time.perf_counter()
 (x_train, y_train), (x_test, y_test) = cifar.load_data(sys.argv[1])
 print("seconds", time.perf_counter() - started, len(x_train), len(y_train), len(x_test), len(y_test))

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, Terminals, eventually
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 DOWNLOAD = {
-    "cifar": "torchvision.datasets.cifar.download_and_extract_archive",
+    "cifar_data": "torchvision.datasets.cifar.download_and_extract_archive",
     "examples.cifar_keras": "keras.utils.get_file",
 }
 Split = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -30,7 +30,7 @@ class Reader:
 
     def __init__(self, name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.script: Any = importlib.import_module(name)
-        self.patch, self.cache, self.is_torch = monkeypatch, cache, name == "cifar"
+        self.patch, self.cache, self.is_torch = monkeypatch, cache, name == "cifar_data"
         self.decoded: list[str] = []
         monkeypatch.setattr(DOWNLOAD[name], self.download)
         monkeypatch.setattr(self.script, "decode", self.noting(self.script.decode))
@@ -63,7 +63,7 @@ class Reader:
 
 @pytest.fixture(params=DOWNLOAD)
 def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
-    pytest.importorskip("torch" if request.param == "cifar" else "keras")
+    pytest.importorskip("torch" if request.param == "cifar_data" else "keras")
     return Reader(request.param, tmp_path / "cache", monkeypatch)
 
 
@@ -143,8 +143,10 @@ def test_files_that_are_no_images_are_counted_and_named_in_a_warning(
     (_, y_train), (x_test, _) = reader.load(folder)
     assert y_train.tolist() == [label for label in range(10) for _ in range(2)] and len(x_test) == 10
     train, test = capsys.readouterr().err.splitlines()
-    assert train.startswith(f"WARNING: 4 files in {folder / 'train'} are skipped: ") and test.startswith("WARNING: 1 ")
-    assert train.endswith(" reads (.HEIC, .db, .heic, README)") and test.endswith(" reads (.svg)")
+    assert train.startswith(f"WARNING: skipped 4 files in {folder / 'train'}: ") and train.endswith(
+        " cannot read .HEIC, .db, .heic, README"
+    )
+    assert test.startswith(f"WARNING: skipped 1 files in {folder / 'test'}: ") and test.endswith(" cannot read .svg")
 
 
 def test_hidden_files_and_folders_are_no_images_and_no_classes(
@@ -275,7 +277,7 @@ print(hashlib.sha256(b"".join(part.numpy().tobytes() for split in data for part 
 """
 
 
-@pytest.mark.parametrize("reader", ["cifar"], indirect=True)
+@pytest.mark.parametrize("reader", ["cifar_data"], indirect=True)
 def test_two_processes_that_load_first_at_once_read_the_same(
     reader: Reader, folder: Path, terminals: Terminals
 ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import cifar
 from benchmarks import niid_bench
+from cifar_data import embedded_data
 from federation.app.config import choices
 from federation.app.task import load_task
 
@@ -35,7 +36,7 @@ def weights(net: nn.Module) -> Tensor:
 
 @pytest.fixture
 def some_data() -> cifar.Data:
-    return cifar.embedded_data(70, seed=3)  # a batch of 64, and one of 6
+    return embedded_data(70, seed=3)  # a batch of 64, and one of 6
 
 
 # ------------------------------------------------------------------------------------------------------ augmentation
@@ -142,7 +143,7 @@ def test_training_is_the_plain_loop_with_the_published_settings(
 
 
 def test_training_sees_every_image_augmented_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, seen = cifar.embedded_data(50, seed=3), []
+    data, seen = embedded_data(50, seed=3), []
     original = niid_bench.augmented
     monkeypatch.setattr(niid_bench, "augmented", lambda *given: seen.append(original(*given)) or seen[-1])
     niid_bench.train(new_net(), data, epochs=2, batch_size=20, seed=5)
@@ -156,7 +157,7 @@ def test_training_sees_every_image_augmented_anew(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("samples", [1, 499, 500, 1203])
 def test_testing_is_the_plain_evaluation(samples: int) -> None:
-    net, (images, labels) = new_net().train(), cifar.embedded_data(samples, seed=2)
+    net, (images, labels) = new_net().train(), embedded_data(samples, seed=2)
     loss, accuracy = niid_bench.test(net, (images, labels))
     with torch.no_grad():
         logits = net(images.permute(0, 3, 1, 2) / 255)
@@ -167,9 +168,7 @@ def test_testing_is_the_plain_evaluation(samples: int) -> None:
 
 def test_testing_leaves_the_weights_alone() -> None:
     net = new_net()
-    assert niid_bench.test(net, cifar.embedded_data(50, seed=2)) == niid_bench.test(
-        net, cifar.embedded_data(50, seed=2)
-    )
+    assert niid_bench.test(net, embedded_data(50, seed=2)) == niid_bench.test(net, embedded_data(50, seed=2))
     assert torch.equal(weights(net), weights(new_net()))
 
 

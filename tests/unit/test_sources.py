@@ -10,6 +10,7 @@ import pytest
 
 from federation.app.layout import SCRIPTS
 from federation.app.sources import compared, digests, sources, unresolved
+from tests.conftest import ROOT
 
 Make = Callable[..., ModuleType]
 
@@ -63,6 +64,18 @@ def test_modules_that_only_running_has_shown_are_added(make: Make) -> None:
     assert list(sources(task, ["by_name", "json", "numpy"])) == ["a_task.py", "by_name.py", "other.py"]
 
 
+def test_a_copy_of_a_script_of_the_project_brings_the_module_that_stays_beside_the_original(make: Make) -> None:
+    task = make(my_cifar=(ROOT / "cifar.py").read_text("utf-8"))
+    assert sources(task) == {"cifar_data.py": ROOT / "cifar_data.py", "my_cifar.py": Path(str(task.__file__))}
+    assert list(unresolved(task)) == []
+
+
+def test_a_module_beside_the_task_comes_before_one_of_the_project(make: Make, tmp_path: Path) -> None:
+    task = make(a_task="def f(): import cifar_data")
+    (tmp_path / "cifar_data.py").touch()
+    assert sources(task)["cifar_data.py"] == tmp_path / "cifar_data.py"
+
+
 def test_an_installed_task_has_no_files_to_send_but_one_to_compare() -> None:
     import flwr
 
@@ -81,7 +94,10 @@ def test_files_are_compared_as_python_would_import_them(make: Make, tmp_path: Pa
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("def f(name):\n    __import__(name)", ["a_task.py, line 2: which module that imports can only be seen"]),
+        (
+            "def f(name):\n    __import__(name)",
+            ["a_task.py, line 2: which module this imports is only known at"],
+        ),
         ("def f():\n    import not_there.deep", ["a_task.py, line 2: not_there.deep is not installed here"]),
         ("try:\n    import not_there\nexcept ImportError: pass", []),
         ("import json, numpy as np, zipimport, sys\nfrom torch.nn import Linear\nimport a_namespace.inner", []),
@@ -99,7 +115,7 @@ def test_a_module_from_another_folder_is_named(
     (other / "library_of_mine.py").write_text("")
     monkeypatch.syspath_prepend(other)
     (found,) = unresolved(make(a_task="import library_of_mine"))
-    assert f"is at {other / 'library_of_mine.py'} and is not sent to clients; put it beside the task" in found
+    assert f"is at {other / 'library_of_mine.py'} and is not sent to clients; move it next to the task" in found
 
 
 def test_a_helper_that_is_no_python_is_named_with_its_line(make: Make) -> None:
