@@ -19,7 +19,7 @@ from tqdm import tqdm
 from federation.app import cores, weights
 from federation.app.config import module_name
 from federation.app.console import one_line
-from federation.app.sources import parse, unresolved
+from federation.app.sources import PACKAGES, parse, unresolved
 from federation.app.task import add_task_folders, build_net, find_data, load_task, read_data
 from federation.launch.trial import BATCH, SEED, Trial, check_usable, norm
 
@@ -93,7 +93,8 @@ def import_side_effect(
     if command_line:
         return "the command line is read at import, when it is another program's; do so only in main()"
     elsewhere = (sys.prefix, sys.base_prefix, "/proc", "/sys")  # what is imported late, and what tells of the machine
-    if files := [path for path in opened if path.is_file() and not any(map(path.is_relative_to, elsewhere))]:
+    files = [path for path in opened if path.is_file() and not any(map(path.is_relative_to, elsewhere))]
+    if files := [path for path in files if not PACKAGES.intersection(path.parts)]:
         return f"{files[0]} is read at import: in every process, for every message; do so in load_data()"
     made = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     if large := [name for name in made if math.prod(getattr(names.get(name), "shape", ())) > LARGE]:
