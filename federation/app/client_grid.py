@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from federation.app import bundle, packing, partition, weights
+from federation.app import bundle, metrics, packing, partition, weights
 from federation.app.agreement import disagreement
 from federation.app.console import emit_event, one_line, print_to_user
 from federation.app.roster import POLL, Client, Roster, from_nobody
@@ -29,7 +29,6 @@ from federation.app.strategy import check_reply
 PRESENCE = 2.0  # seconds between two looks at who is still there
 BUNDLED = 32 * 2**20  # bytes of models in a bundle, unless a single one has more: each is in memory several times
 MOST_LISTED = 10  # clients with the same reason
-SIDES = "clients", "server"
 DOING = {MessageType.TRAIN: "training", MessageType.EVALUATE: "testing"}
 
 
@@ -165,7 +164,7 @@ class ClientGrid(Grid):
 
     def _mask(self, split: str, rows: partition.Rows) -> NDArray[np.uint8]:
         """Return a bit for each sample of a split: small enough for every message, so that no client need remember."""
-        chosen = np.zeros(len(self.roster.labels[split == "test"]), bool)
+        chosen = np.zeros(self.roster.counts[split], bool)
         chosen[rows] = True
         return np.packbits(chosen)
 
@@ -303,10 +302,11 @@ class ClientGrid(Grid):
     def check_agreement(self, replies: list[Message], results: dict[str, Any]) -> None:
         """Print a warning if clients whose test samples are all of the server's find something else than it does."""
         clients = [self.roster.clients[reply.metadata.src_node_id] for reply in replies]
-        samples = len(self.roster.labels[1])
-        if sum(client.samples["test"] for client in clients if client.rows) == samples:
-            theirs, ours = ({name: results[f"{side}_{name}"] for name in ("loss", "accuracy")} for side in SIDES)
-            print_to_user(disagreement(theirs, ours, samples))
+        samples = 0 if self.config.validation_fraction else self.roster.counts["test"]
+        if samples and sum(client.samples["test"] for client in clients if client.rows) == samples:
+            print_to_user(
+                disagreement(metrics.of_side("clients", results), metrics.of_side("server", results), samples)
+            )
 
 
 def _unwrap(reply: Message, batch: Batch) -> list[Message]:

@@ -24,7 +24,7 @@ from federation.app import cores, weights
 from federation.app.config import module_name
 from federation.app.console import one_line
 from federation.app.sources import parse, unresolved
-from federation.app.task import build_net, find_data, load_task, read_data
+from federation.app.task import find_data, load_task, read_data
 from federation.launch.trial import BATCH, SEED, Trial, check_usable, norm
 
 LONG = 0.5  # seconds for one statement of an import
@@ -111,7 +111,7 @@ def import_side_effect(
 
 def unrepeatable(trial: Trial) -> str:
     """All that is random should come from a seed: the global one, or the one that is given."""
-    one, other = (weights.from_net(build_net(trial.task, SEED)) for _ in range(2))
+    one, other = (weights.from_net(trial.net()) for _ in range(2))
     if weights.sha256(one) != weights.sha256(other):
         return "Net() is not deterministic for a fixed seed, so no result can be repeated"
     if not trial.train().equals(trial.train_anew()):
@@ -157,11 +157,11 @@ def statistics(trial: Trial) -> str:
 
 def sums(trial: Trial) -> Iterator[str]:
     """Losses should be means: neither more samples nor larger batches make them larger."""
-    loss = float(trial.train(lr=0.0).loss)
-    others = trial.train(lr=0.0, copies=2).loss, trial.train(lr=0.0, batch_size=2 * BATCH).loss
-    if max(map(float, others)) > 1.6 * loss > 0:
+    loss = trial.train(lr=0.0).mean_loss()
+    others = trial.train(lr=0.0, copies=2).mean_loss(), trial.train(lr=0.0, batch_size=2 * BATCH).mean_loss()
+    if max(others) > 1.6 * loss > 0:
         yield "train() returns a sum of losses: it grows with the number of samples, or with the batch"
-    if float(trial.test(copies=2)[0]) > 1.6 * float(trial.test()[0]) > 0:
+    if trial.test_loss(copies=2) > 1.6 * trial.test_loss() > 0:
         yield "test() returns a sum of losses: it grows with the number of samples"
     if 1.6 < trial.step(copies=2).step() / trial.step().step() < 2.4:
         yield "train() steps along the sum of the samples' gradients: twice the batch is twice the learning rate"
@@ -169,7 +169,7 @@ def sums(trial: Trial) -> Iterator[str]:
 
 def tests_that_train(trial: Trial) -> str:
     """test() should leave the net alone: in PyTorch, by net.eval()."""
-    net = build_net(trial.task, SEED)
+    net = trial.net()
     before = weights.from_net(net)
     trial.call("test", net, trial.data())
     return "test() changes the net (no net.eval()?)" if norm(before, weights.from_net(net)) else ""

@@ -25,10 +25,19 @@ from typing import Any
 
 import numpy as np
 
+from federation.app import metrics, samples
 from federation.app.config import RunConfig, Settings, parse, validate
 from federation.app.cores import THREADS, share_cores
-from federation.app.partition import Rows, split
-from federation.app.task import build_net, client_seed, find_data, load_task, read_data
+from federation.app.partition import Rows, split_data
+from federation.app.task import (
+    build_net,
+    classes_of,
+    client_seed,
+    find_data,
+    load_task,
+    read_data,
+    train_settings,
+)
 from federation.launch import host, simulation
 from federation.launch.network import LaunchError
 from federation.tools import comparison
@@ -51,7 +60,8 @@ class Lab:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.task = config, load_task(config.task)
         self.train_data, self.test_data = read_data(self.task, config.data)
-        self.samples = len(self.train_data[1])
+        self.samples = samples.count(self.train_data)
+        self.classes = classes_of(self.task, self.train_data)
         self.rounds, self.clients, self.local_epochs = config.num_server_rounds, config.num_clients, config.local_epochs
 
     def steps(self, samples: int) -> int:
@@ -60,20 +70,26 @@ class Lab:
 
     def parts(self, partitioner: str, seed: int) -> list[Rows]:
         config = self.config.changed(partitioner=partitioner, seed=seed)
-        return split(self.train_data[1], self.test_data[1], self.clients, config)["train"]
+        return split_data((self.train_data, self.test_data), self.clients, config)["train"]
+
+    def net(self, seed: int) -> Any:
+        return build_net(self.task, seed, self.classes)
 
     def test(self, net: Any) -> float:
-        return float(self.task.test(net, self.test_data)[1])
+        """Return the accuracy on the whole test set. Raises ValueError where test() returns none."""
+        found = metrics.named("test", self.task.test(net, samples.take(self.test_data)))
+        if "accuracy" not in found:
+            raise ValueError(f"{self.task.__name__}.test() returns no accuracy, by which trainings are compared here")
+        return found["accuracy"]
 
     def train(self, net: Any, rows: Rows | None, epochs: int, seed: int, **more: Any) -> None:
         """Train `net` on the samples in `rows`, or on all, with the settings that client.py would use."""
-        x, y = self.train_data
-        data = (x, y) if rows is None else (x[rows], y[rows])
-        self.task.train(net, data, seed=seed, **self.config.train_arguments() | {"epochs": epochs} | more)
+        data = samples.take(self.train_data, rows)
+        self.task.train(net, data, seed=seed, **train_settings(self.task, self.config) | {"epochs": epochs} | more)
 
     def train_at_once(self, rows: Rows | None, epochs: int, seed: int) -> list[Point]:
         """Train as the plain script does; a task whose train has `after_epoch` yields a point per epoch, others one."""
-        net, started, points = build_net(self.task, seed), time.perf_counter(), []
+        net, started, points = self.net(seed), time.perf_counter(), []
         samples = self.samples if rows is None else len(rows)
 
         def after_epoch(epoch: int, loss: float = 0.0) -> None:
@@ -88,7 +104,7 @@ class Lab:
 
     def train_in_turns(self, shards: Sequence[Rows | None], seed: int) -> list[Point]:
         """Train one net on one shard after the other, as often as there are rounds, each with a new optimizer."""
-        net, started, points = build_net(self.task, seed), time.perf_counter(), []
+        net, started, points = self.net(seed), time.perf_counter(), []
         steps = sum(self.steps(self.samples if rows is None else len(rows)) for rows in shards) * self.local_epochs
         for done in range(self.rounds):
             for position, rows in enumerate(shards):
@@ -150,7 +166,7 @@ def local_only(partitioner: str) -> Training:
         alone, parts = [], lab.parts(partitioner, seed)
         epochs, started = lab.rounds * lab.local_epochs, time.perf_counter()
         for position, rows in enumerate(parts):
-            net = build_net(lab.task, seed)
+            net = lab.net(seed)
             lab.train(net, rows, epochs, client_seed(seed, position, 0))
             alone.append(lab.test(net))
         steps, seconds = epochs * lab.steps(max(map(len, parts))), time.perf_counter() - started
@@ -229,6 +245,7 @@ def run(config: RunConfig, chosen: dict[str, Training], seeds: range) -> None:
     """Run every cell that is not yet in compare.json, save each as it is done, and show tables and picture."""
     lab, path = Lab(config), Path(config.out) / "compare.json"
     cells = comparison.load(path, config)
+    lab.test(lab.net(seeds[0]))
     for partitioner in ("iid", config.partitioner):
         lab.parts(partitioner, seeds[0])  # what cannot be split should show before hours of training
     wanted = [(seed, name) for seed in seeds for name in chosen]
