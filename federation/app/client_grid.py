@@ -69,6 +69,14 @@ class Exchange:
         self.failed = self.failed or why * failed
         self.rejected.setdefault(why, []).append(question.metadata.dst_node_id)
 
+    def reject_minority(self) -> None:
+        """Reject the replies that report other metrics than most others."""
+        for reply in metrics.minority(sorted(self.good, key=lambda reply: reply.metadata.src_node_id)):
+            self.good.remove(reply)
+            named = ", ".join(sorted(reply.content.metric_records["metrics"]))
+            why = f"it reports other metrics than most clients: {named:.200}"
+            self.rejected.setdefault(why, []).append(reply.metadata.src_node_id)
+
     def show_progress(self) -> None:
         """Tell the terminal, where that has changed, how many clients have replied."""
         done = self.count - len(self.pending)
@@ -206,6 +214,7 @@ class ClientGrid(Grid):
             if time.monotonic() > deadline:
                 self._reject_late(exchange, timeout)
             time.sleep(POLL if exchange.pending else 0)
+        exchange.reject_minority()
         self._report_rejected(exchange)
         return exchange
 

@@ -20,7 +20,7 @@ from federation.app.task import build_net, client_seed, load_task, open_data, tr
 class Job:
     """A message to a client, with all that the client needs to answer it.
 
-    `task` is the module that is federated, `settings` what its train() is called with, besides the seed.
+    `task` is the module that is federated, `settings` what its train() is called with, besides net, data and seed.
     """
 
     def __init__(self, message: Message, context: Context) -> None:
@@ -30,7 +30,10 @@ class Job:
         self.task: ModuleType = load_task(self.config.task)
         records = message.content.config_records.values()
         self.order: dict[str, Any] = {key: value for record in records for key, value in record.items()}
-        self.settings = train_settings(self.task, self.config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return train_settings(self.task, self.config)
 
     @property
     def seed(self) -> int:
@@ -69,8 +72,8 @@ class Job:
 
     def _rows(self, split: str, count: int, found: str) -> NDArray[Any] | None:
         if "rows" not in self.message.content:
-            own: NDArray[Any] | None = hold_back(np.arange(count), self.config, self.order["position"])[split]
-            return own
+            held = self.config.validation_fraction
+            return hold_back(np.arange(count), self.config, self.order["position"])[split] if held else None
         if changed := difference(found, self.order["fingerprint"]):
             raise ValueError(f"the data here are not the server's any more: {changed}; start the client again")
         mask = self.message.content.array_records["rows"]["mask"].numpy()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import pstdev
 from typing import Any, SupportsFloat
@@ -12,8 +13,8 @@ NAME = re.compile(r"[A-Za-z][\w.@%/-]{0,39}")
 TAKEN = {"loss", "seconds", "samples", "client", "num-examples"}
 COUNTS = "num-examples", "seconds"  # what each reply has besides the metrics
 SHAPES = {
-    "train": "the mean loss per sample, or (loss, {name: number})",
-    "test": "(mean loss per sample, accuracy), or (loss, {name: number})",
+    "train": "train the net that it is given, and return the mean loss per sample, or (loss, {name: number})",
+    "test": "return (mean loss per sample, accuracy), or (loss, {name: number})",
 }
 Metrics = dict[str, float]  # the loss first
 
@@ -41,7 +42,7 @@ def named(function: str, returned: Any) -> Metrics:
 
 def _wrong(function: str, returned: Any) -> ValueError:
     shown = type(returned).__name__ if function == "train" else f"{returned!r:.100}"
-    return ValueError(f"{function}() returns {shown}, but it should return {SHAPES[function]}")
+    return ValueError(f"{function}() returns {shown}, but it should {SHAPES[function]}")
 
 
 def _in_unit_range(accuracy: SupportsFloat) -> float:
@@ -65,13 +66,11 @@ def of_side(side: str, results: Mapping[str, Any]) -> Metrics:
     return {name: found[name] for name in names(found)}
 
 
-def keep_common(replies: Sequence[Message]) -> None:
-    """Remove from the replies what not all of them report: a strategy averages the rest."""
-    records = [_record(reply) for reply in replies]
-    shared = set.intersection(*map(set, records)) if records else set()
-    for record in records:
-        for name in record.keys() - shared:
-            del record[name]
+def minority(replies: Sequence[Message]) -> list[Message]:
+    """Return the replies that report other metrics than most of them: a strategy can average only what all report."""
+    reported = [frozenset(_record(reply)) for reply in replies]
+    usual = Counter(reported).most_common(1)[0][0] if reported else None
+    return [reply for reply, names in zip(replies, reported, strict=True) if names != usual]
 
 
 def per_client(replies: Sequence[Message], prefix: str = "") -> dict[str, list[Any]]:

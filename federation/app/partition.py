@@ -45,13 +45,11 @@ def split_data(data: Any, partitions: int, config: RunConfig) -> Parts:
     return {name: [part[name] for part in held] for name in ("train", "test")}
 
 
-def hold_back(rows: NDArray[Any], config: RunConfig, position: int) -> dict[str, Any]:
+def hold_back(rows: NDArray[Any], config: RunConfig, position: int) -> dict[str, Rows]:
     """Return the rows that a client trains on ("train"), and those that it is tested on instead of test samples.
 
-    Without a `validation-fraction` these are all that it has. Raises ValueError where a client has too few.
+    Raises ValueError where a client has too few.
     """
-    if not config.validation_fraction:
-        return {"train": None, "test": None}
     if len(rows) < 2:
         raise ValueError(f"validation-fraction={config.validation_fraction:g} needs 2 training samples or more, and "
                          f"client {position} has {len(rows)}")  # fmt: skip
@@ -109,6 +107,9 @@ def split(train_labels: Any, test_labels: Any, partitions: int, config: RunConfi
     if name == "iid":
         return {"train": iid(len(train_labels), partitions, seed), "test": iid(len(test_labels), partitions, seed)}
     classes, test_classes = _classes(train_labels, name), _classes(test_labels, name)
+    if name == "inner-dirichlet":  # which takes a class for an index
+        classes = np.unique(classes, return_inverse=True)[1]
+        test_classes = np.searchsorted(np.unique(_classes(train_labels, name)), test_classes)
     train = _from_flower_datasets(classes, partitions, config)
     if not np.array_equal(np.sort(np.concatenate(train)), np.arange(len(classes))) or not all(map(len, train)):
         raise ValueError(f"partitioner={name} cannot split {len(classes)} samples among {partitions} clients so that "

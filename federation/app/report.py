@@ -183,10 +183,9 @@ class Report:
 
 def count(labels: Any, held: list[Rows]) -> list[list[int]]:
     """Return how many samples of each class each client holds; or just their number where labels are not classes."""
-    if labels is None or np.asarray(labels).dtype.kind == "f":
-        return [[len(rows)] for rows in held]
-    classes, numbers = np.unique(np.asarray(labels), return_inverse=True)
-    if len(classes) > MOST_CLASSES or numbers.size != len(labels):
+    classes, numbers = np.unique([] if labels is None else np.asarray(labels), return_inverse=True)
+    whole = classes.dtype.kind != "f" or np.array_equal(classes, np.rint(classes))  # of a regression, they are not
+    if labels is None or len(classes) > MOST_CLASSES or numbers.size != len(labels) or not whole:
         return [[len(rows)] for rows in held]
     return [np.bincount(numbers.ravel()[rows], minlength=len(classes)).tolist() for rows in held]
 

@@ -68,7 +68,7 @@ class Roster:
                 "fingerprint": fingerprint(data),
                 "files": list(self.files),
                 "classes": classes_of(self.task, data[0]),
-            }  # fmt: skip
+            }
         )
         self.waited = 0.0  # seconds, for clients to join
         self.split(num_partitions or config.num_clients)

@@ -22,9 +22,15 @@ def is_arrays(split: Any) -> bool:
 def check(split: Any) -> int:
     """Return the number of samples. Raises ValueError where there is none, or not one label for each."""
     lengths = {len(part) for part in (split if is_arrays(split) else [split])}
-    if len(lengths) != 1 or not all(lengths) or not (is_arrays(split) or hasattr(split, "__getitem__")):
-        raise ValueError(f"a split of lengths {sorted(lengths)}")
+    if len(lengths) != 1 or not all(lengths):
+        raise ValueError(f"a split whose lengths are: {[len(part) for part in split] if is_arrays(split) else 0}")
+    if not is_arrays(split) and (isinstance(split, str | dict) or not is_data_set(split)):
+        raise ValueError(f"a split of type {type(split).__name__}")
     return lengths.pop()
+
+
+def is_data_set(split: Any) -> bool:
+    return hasattr(split, "__getitem__") and (hasattr(split, "column_names") or not hasattr(split, "shape"))
 
 
 def count(split: Any) -> int:

@@ -50,7 +50,6 @@ def aggregate_train(
 
     Its entries keep the dtypes that they had `before`. Raises RuntimeError where one is not finite.
     """
-    metrics.keep_common(replies)
     arrays, averaged = strategy.aggregate_train(server_round, replies)
     assert arrays is not None and averaged is not None
     arrays = restore_dtypes(before, arrays)
@@ -65,7 +64,6 @@ def aggregate_evaluate(
     strategy: Strategy, server_round: int, replies: list[Message], results: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the `results` of training, with those of the clients' evaluation added."""
-    metrics.keep_common(replies)
     averaged = strategy.aggregate_evaluate(server_round, replies) or MetricRecord()
     tested = metrics.per_client(replies)
     found = {f"clients_{name}": averaged[name] for name in metrics.names(tested)}

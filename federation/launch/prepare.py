@@ -13,8 +13,8 @@ from typing import Any
 from federation.app.config import RunConfig, validate
 from federation.app.partition import check_enough
 from federation.app.run_folder import write_atomically
-from federation.app.sources import sources
 from federation.app.samples import count
+from federation.app.sources import sources
 from federation.app.task import CONTRACT, find_data, load_task, read_data, train_settings
 from federation.launch.fork_server import frameworks
 from federation.launch.trial import Trial, check_usable
