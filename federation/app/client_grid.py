@@ -40,6 +40,7 @@ class Batch:
     node: int
     questions: dict[str, Message]
     is_bundle: bool
+    message: Message | None = None  # to the node, made while the node still answers the one before it
 
     def parts(self) -> "Iterator[Batch]":
         """Split what trains so many models that they would not fit into one bundle."""
@@ -124,15 +125,24 @@ class ClientGrid(Grid):
         return ["" if identity in self.lost else identity for identity in ids]
 
     def _send_queued(self) -> None:
-        """Send each node that has nothing to answer its next batch."""
+        """Send each node that has nothing to answer its next batch, and make the message after that."""
         busy = {batch.node for batch in self.sent.values()}
         batches = [queue.popleft() for node, queue in self.queued.items() if queue and node not in busy]
-        identities = self.grid.push_messages([self._wrap(batch) for batch in batches]) if batches else []
+        identities = self.grid.push_messages([self._message(batch) for batch in batches]) if batches else []
         for identity, batch in zip(identities, batches, strict=True):
+            batch.message = None
             if identity:
                 self.sent[identity] = batch
             else:
                 self.lost |= batch.questions.keys()
+        for batch in batches:
+            if queue := self.queued[batch.node]:
+                self._message(queue[0])
+
+    def _message(self, batch: Batch) -> Message:
+        if batch.message is None:
+            batch.message = self._wrap(batch)
+        return batch.message
 
     def _wrap(self, batch: Batch) -> Message:
         """Return the message to a node that carries the questions to its clients."""
@@ -166,13 +176,14 @@ class ClientGrid(Grid):
         return [*self._pull(list(message_ids)).values()]
 
     def _pull(self, ids: list[str]) -> dict[str, Message]:
-        for reply in self.grid.pull_messages([*self.sent]) if self.sent else ():
-            batch = self.sent.pop(reply.metadata.reply_to_message_id)
+        replies = list(self.grid.pull_messages([*self.sent])) if self.sent else []
+        answered = [(reply, self.sent.pop(reply.metadata.reply_to_message_id)) for reply in replies]
+        self._send_queued()  # first of all, so that no node waits for its models to be read
+        for reply, batch in answered:
             if from_nobody(reply):
                 self.lost |= batch.questions.keys()
                 continue
             self.replies |= zip(batch.questions, _unwrap(reply, batch), strict=True)
-        self._send_queued()
         return {identity: self.replies.pop(identity) for identity in ids if identity in self.replies}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:

@@ -1,7 +1,8 @@
 """How an app that runs deep inside Flower's processes talks to the terminal that started it.
 
 SuperLink and SuperNode start their apps as processes of their own, whose output mixes with Flower's log. A line that
-begins with PREFIX is for people; one that begins with CONTROL is for the launcher, which reads both.
+begins with PREFIX is for people; one that begins with CONTROL is for the launcher, which reads both. Flower passes on
+the output of a ServerApp twice a second only, so that one writes its lines to a named pipe of the launcher as well.
 """
 
 import functools
@@ -9,7 +10,9 @@ import json
 import os
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the proxy need not wait for Flower
     from flwr.app import Context
@@ -18,19 +21,28 @@ if TYPE_CHECKING:  # the proxy need not wait for Flower
 MARK = "FEDERATION_SESSION"  # the environment variable that all processes of a launcher carry
 PREFIX = "federation: "
 CONTROL = "federation# "
+CONSOLE = "FEDERATION_CONSOLE"  # the environment variable that names the launcher's pipe for the ServerApp
 FOLDER = "FEDERATION_FOLDER"  # the environment variable that names the folder in which the user started a command
+
+pipes: list[IO[str]] = []  # the launcher's, in the process of a ServerApp
 
 
 def print_to_user(text: str) -> None:
     """Show `text` to whoever started this app."""
     for line in text.splitlines():
-        print(PREFIX + "".join(letter for letter in line if letter.isprintable()), flush=True)
+        _print(PREFIX + "".join(letter for letter in line if letter.isprintable()))
 
 
 def emit_event(**event: Any) -> None:
     """Tell the launcher, if there is one, `progress=(done, total), doing=what`, or `end=exit_status`."""
     if MARK in os.environ:
-        print(f"{CONTROL}{json.dumps(event)}", flush=True)
+        _print(f"{CONTROL}{json.dumps(event)}")
+
+
+def _print(line: str) -> None:
+    for pipe in (None, *pipes):  # None is the standard output, as it is at the time
+        with suppress(OSError):
+            print(line, file=pipe, flush=True)
 
 
 def one_line(error: object) -> str:
@@ -45,6 +57,8 @@ def announce_end(function: "Callable[[Grid, Context], None]") -> "Callable[[Grid
 
     @functools.wraps(function)
     def wrapper(grid: "Grid", context: "Context") -> None:
+        if CONSOLE in os.environ and not pipes:
+            pipes.append(Path(os.environ[CONSOLE]).open("w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
         try:
             function(grid, context)
         except Exception as error:

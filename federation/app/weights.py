@@ -7,6 +7,7 @@ strategies can average that, and every value comes out as it went in.
 import hashlib
 import io
 import sys
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,7 +135,21 @@ def to_net(arrays: ArrayRecord, net: Any) -> None:
     ours = framework(net)
     held = {name: (str(value.dtype), value.shape) for name, value in ours.read(net).items()}
     _compare(_layout(arrays), held)
-    ours.write(net, {name: array.numpy() for name, array in arrays.items()})
+    ours.write(net, _values(arrays))
+
+
+_last: list[tuple[weakref.ref[ArrayRecord], Values]] = []
+
+
+def _values(arrays: ArrayRecord) -> Values:
+    """Return the values of `arrays`. The clients of a node share a global model, which is read for the first of them.
+
+    They are kept as long as the record itself, and no longer: a model may be large.
+    """
+    if not _last or _last[0][0]() is not arrays:
+        values = {name: array.numpy() for name, array in arrays.items()}
+        _last[:] = [(weakref.ref(arrays, lambda _: _last.clear()), values)]
+    return _last[0][1]
 
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # dtype and shape of each entry, by name

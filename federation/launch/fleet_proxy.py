@@ -14,9 +14,11 @@ The SuperLink sees whole requests only: how long strangers may take over theirs 
 import argparse
 import asyncio
 import gc
+import json
 import re
 import ssl
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -24,7 +26,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -147,10 +149,14 @@ class FleetProxy:
         return await self.client.send(question, stream=True)
 
 
-def proxy(superlink: str, ca: Path | None = None) -> Starlette:
-    """Return an app that passes the calls of clients on to the SuperLink at that URL."""
+def proxy(superlink: str, ca: Path | None = None, imports: Sequence[str] = ()) -> Starlette:
+    """Return an app that passes the calls of clients on to the SuperLink at that URL.
+
+    By itself it tells them which modules of frameworks the task `imports`, so that they need not wait for the task.
+    """
     pass_on = FleetProxy(superlink, ca).pass_on
     calls = [Route("/health", pass_on, methods=["GET"]), Route("/v1/fleet/{call}", pass_on, methods=["POST"])]
+    calls.append(Route("/imports", lambda request: JSONResponse(list(imports)), methods=["GET"]))
     app = Starlette(routes=calls)
     app.router.redirect_slashes = False
     return app
@@ -196,10 +202,11 @@ def main() -> None:
     parser.add_argument("port", type=int)
     parser.add_argument("superlink", help="its URL")
     parser.add_argument("--superlink-ca", type=Path)
+    parser.add_argument("--imports", type=Path, help="a file with the modules that a task imports, as a JSON list")
     parser.add_argument("--tls", type=Path, help="the folder of server.crt and server.key")
     args = parser.parse_args()
     connections = Connections(most_connections(), certificate(args.tls) if args.tls else None)
-    app = proxy(args.superlink, args.superlink_ca)
+    app = proxy(args.superlink, args.superlink_ca, json.loads(args.imports.read_text("utf-8")) if args.imports else ())
     gc.freeze()  # a handshake that fails leaves its buffers, 256 KiB, to the garbage collector: so that it comes often
     gc.set_threshold(200, 5, 5)
     uvicorn.Server(served(app, connections, args.host, args.port)).run()

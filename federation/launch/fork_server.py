@@ -5,12 +5,14 @@ them already, and is a process of its own as before: what it does to its memory,
 
 A request comes from stand_in.py, with the standard output and error of the caller. The child takes on the arguments,
 environment and working directory of the caller, and runs the command's own entry point. At its end it tells the fork
-server which frameworks it has imported, so that the next child is forked with these. The fork server only imports: to
+server which frameworks it has imported, so that the next child is forked with these. The launcher may also name
+frameworks in advance. The fork server only imports: to
 run anything of theirs would start threads, or open a GPU, which no child inherits in a usable state.
 """
 
 import ast
 import atexit
+import functools
 import gc
 import importlib
 import os
@@ -19,17 +21,22 @@ import selectors
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Container
 from contextlib import suppress
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("flwr", "flower-superlink", "flower-supernode", "flower-superexec", "flwr-clientapp", "flwr-serverapp")
+READY = ("flwr", "flower-superlink", "flower-supernode", "flower-superexec", "flwr-clientapp", "flwr-serverapp")
+PREPARE = "prepare"  # the command that is not Flower's
+COMMANDS = (*READY, "flwr-simulation")  # that one's child imports by itself what it needs: no client has any
+ONCE = {"flwr-serverapp", "flwr-simulation", PREPARE}  # no second one will need what they have imported
 FRAMEWORKS = {"triton", "torch", "torchvision", "jax", "jaxlib", "flax", "optax", "keras", "tensorflow"}  # tried
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 UNSAFE = 3  # the exit status after which no other fork server should be started
 
+expected: deque[str] = deque()  # modules of frameworks that are imported as soon as no request waits
 ended_with: list[int] = []  # in a child: the exit status of its command, once that has ended
 
 Command = Callable[[], int | str | None]
@@ -40,8 +47,21 @@ def main() -> None:
     """Serve at the socket whose descriptor and path are on the command line."""
     atexit.register(leave_at_once)  # first, for what is registered first is called last
     listener, path = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
-    commands = {entry.name: entry.load() for entry in entry_points(group="console_scripts") if entry.name in COMMANDS}
-    run_commands(commands, listener, path)
+    entries = {entry.name: entry for entry in entry_points(group="console_scripts") if entry.name in COMMANDS}
+    for name in READY:
+        entries[name].load()
+    commands: dict[str, Command] = {name: functools.partial(run_entry, entry) for name, entry in entries.items()}
+    run_commands(commands | {PREPARE: prepare}, listener, path)
+
+
+def run_entry(entry: EntryPoint) -> int | str | None:
+    status: int | str | None = entry.load()()
+    return status
+
+
+def prepare() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    importlib.import_module("federation.launch.prepare").main()
 
 
 def run_commands(commands: dict[str, Command], listener: socket.socket, path: str) -> None:
@@ -50,7 +70,8 @@ def run_commands(commands: dict[str, Command], listener: socket.socket, path: st
     command = become(commands, *serve(listener, commands))
     inherited = set(sys.modules)
     ended_with.append(status_of(command))
-    tell_frameworks(path, inherited)
+    if Path(sys.argv[0]).name not in ONCE:
+        request_imports(path, [name for name in frameworks() if name not in inherited])
     sys.exit(ended_with[0])
 
 
@@ -59,11 +80,13 @@ def serve(listener: socket.socket, names: Container[str]) -> Request:
     watched = selectors.DefaultSelector()
     watched.register(listener, selectors.EVENT_READ)
     while True:
-        for key, _ in watched.select():
+        for key, _ in watched.select(0 if expected else None):
             if key.data:
                 key.data()
             elif (request := receive(listener, names)) and not fork(request, watched):
                 return request
+        if expected and not watched.select(0):
+            import_all([expected.popleft()])
 
 
 def receive(listener: socket.socket, names: Container[str]) -> Request | None:
@@ -76,6 +99,8 @@ def receive(listener: socket.socket, names: Container[str]) -> Request | None:
         kind, *request = ast.literal_eval(text.decode())
         if kind == "import":
             import_all(*request)
+        elif kind == "expect":
+            expected.extend(*request)
         elif Path(request[1][0]).name in names:
             return request, connection, streams
     for stream in streams:
@@ -170,18 +195,26 @@ def leave_at_once() -> None:
         os._exit(ended_with[0])
 
 
-def tell_frameworks(path: str, inherited: set[str]) -> None:
-    """Tell the fork server which modules of frameworks this child has imported, in that order."""
-    names = [name for name in sys.modules if name.partition(".")[0] in FRAMEWORKS and name not in inherited]
-    request = ascii(("import", names)).encode()
+def frameworks() -> list[str]:
+    """Return the modules of frameworks that this process has imported, in that order."""
+    return [name for name in sys.modules if name.partition(".")[0] in FRAMEWORKS]
+
+
+def request_imports(path: str, names: list[str], kind: str = "import") -> None:
+    """Ask the fork server at a socket to import modules of frameworks: the next child has them.
+
+    Or, where `kind` is "expect", each of them as soon as no request waits.
+    """
+    request = ascii((kind, names)).encode()
     with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         connection.sendall(len(request).to_bytes(8, "big") + request)
 
 
 def import_all(names: list[str]) -> None:
+    """Import those of the modules that belong to a framework: who names them may be a server."""
     for name in names:
-        if name not in sys.modules:
+        if name not in sys.modules and name.partition(".")[0] in FRAMEWORKS:
             with suppress(Exception):  # some only look like modules
                 importlib.import_module(name)
     gc.freeze()

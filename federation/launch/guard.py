@@ -4,6 +4,7 @@ Everything that a launcher starts carries a mark in its environment. The guard w
 ends, and then kills whatever carries the mark: nothing of ours survives Ctrl-C or `kill -9`.
 """
 
+import os
 import shutil
 import sys
 from contextlib import suppress
@@ -21,19 +22,44 @@ def guard(variable: str, home: Path) -> None:
 
 
 def kill_all(variable: str, mark: str) -> None:
-    """Kill all processes that carry the mark in an environment variable, and those that they start meanwhile."""
-    while marked := [process for process in psutil.process_iter() if _value(process, variable) == mark]:
+    """Kill all processes that carry the mark in an environment variable, and those that they start meanwhile.
+
+    Ray's agents write their title over their environment, so they are found by their session: each process that
+    carries the mark belongs to a session that a launcher has started.
+    """
+    sessions: set[int] = set()
+    while marked := _marked(variable, mark, sessions):
         for process in marked:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(marked, timeout=0.2)
 
 
+def _marked(variable: str, mark: str, sessions: set[int]) -> list[psutil.Process]:
+    """Return the processes that carry the mark or belong to one of `sessions`, to which theirs are added."""
+    alive = [process for process in psutil.process_iter() if _is_alive(process)]
+    carriers = {process.pid for process in alive if _value(process, variable) == mark}
+    sessions |= {_session(pid) for pid in carriers} - {_session(0), 0}
+    return [process for process in alive if process.pid in carriers or _session(process.pid) in sessions]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def _session(pid: int) -> int:
+    """Return the session of a process, 0 being this one; 0 where there is none, as on Windows."""
+    with suppress(OSError, AttributeError):
+        return os.getsid(pid)
+    return 0
+
+
 def _value(process: psutil.Process, variable: str) -> str | None:
-    try:
-        return str(process.environ().get(variable)) if process.status() != psutil.STATUS_ZOMBIE else None
-    except (psutil.Error, OSError):
-        return None
+    with suppress(psutil.Error, OSError):
+        return str(process.environ().get(variable))
+    return None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from threading import Thread
 
 from federation.app.config import Settings
 from federation.app.cores import THREADS
-from federation.launch.network import Address, LaunchError, free_port, is_up, shown
+from federation.launch.network import Address, LaunchError, free_port, imports_of, is_up, shown
 from federation.launch.place import place_on_host
 from federation.launch.process_group import ProcessGroup, process_group, relay
 from federation.security import certificates
@@ -31,6 +31,7 @@ def join_run(server: Address, wait: float, node_config: Settings, threads: int |
         while True:
             wait_for_server(server, wait, tls)
             supernode = start_supernode(ours, server, node_config | identity(name, tls), tls)
+            ours.expect(imports_of(server, tls and tls / "ca.crt"))
             watcher = Thread(target=watch, args=(ours, supernode, server, tls), daemon=True)
             watcher.start()
             status = relay(supernode, ours.log)

@@ -96,6 +96,17 @@ def is_up(server: Address, ca: Path | None = None, timeout: float = 2, any_name:
         return False
 
 
+def imports_of(server: Address, ca: Path | None = None) -> list[str]:
+    """Return the modules of frameworks that a server's task imports; none where it does not tell."""
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        answer = httpx.get(f"http{'s' * bool(ca)}://{shown(server)}/imports", verify=context, trust_env=False)
+        named = answer.json() if answer.status_code == 200 else []
+    except (httpx.HTTPError, OSError, ValueError):
+        return []
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
+
 def _explain(server: Address, error: Exception, secure: bool) -> None:
     """Raise LaunchError where a request failed for TLS, or the lack of it."""
     for cause in _causes(error):

@@ -15,6 +15,7 @@ from federation.app.partition import check_enough
 from federation.app.run_folder import write_atomically
 from federation.app.sources import sources
 from federation.app.task import find_data, load_task, read_data
+from federation.launch.fork_server import frameworks
 from federation.launch.trial import Trial, check_usable
 
 SAMPLES = 16
@@ -23,7 +24,8 @@ SAMPLES = 16
 def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
     """Yield where the task's `data` are, and its `files` by name; and once more when the task has been tried.
 
-    Raises ValueError where it cannot be federated.
+    By then, some of its imports have shown that do not before they happen, and `imports` are the modules of frameworks
+    that clients will need. Raises ValueError where it cannot be federated.
     """
     before = set(sys.modules)
     task = load_task(config.task)
@@ -38,7 +40,8 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
         check_usable(trial)
     except ValueError as error:
         raise ValueError(f"{task.__name__} cannot be federated: {error}") from None
-    yield {"data": root, "files": _files(task, sys.modules.keys() - before)}  # some imports show only when they happen
+    imports = [name for name in frameworks() if name.count(".") <= 1]  # these import all others
+    yield {"data": root, "files": _files(task, sys.modules.keys() - before), "imports": imports}
 
 
 def _files(task: ModuleType, modules: Iterable[str] = ()) -> dict[str, str]:

@@ -16,8 +16,9 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from federation.app.console import CONTROL, MARK, PREFIX
+from federation.app.console import CONSOLE, CONTROL, MARK, PREFIX
 from federation.launch import guard, warm
+from federation.launch.fork_server import request_imports
 from federation.launch.network import LaunchError
 
 SIGN_OFF = 5  # seconds; it takes less than one, but where the machine is busy
@@ -40,6 +41,7 @@ class ProcessGroup:
             "PYTHONUNBUFFERED": "1",
             "FLWR_HOME": str(home),
             "RAY_TMPDIR": str(home),
+            "RAY_prestart_worker_first_driver": "0",  # they would lack the environment that Flower asks for, and idle
             "RAY_worker_niceness": "0",  # the default of 15 lets any other work on the machine stop a simulation
             "FLWR_TELEMETRY_ENABLED": "0",
             "no_proxy": ",".join(filter(None, [os.environ.get("no_proxy"), "127.0.0.1,localhost,::1"])),
@@ -81,6 +83,19 @@ class ProcessGroup:
 
         self.keeper = Thread(target=keep, daemon=True)
         self.keeper.start()
+
+    def open_console(self) -> Path | None:
+        """Make a named pipe for a ServerApp's lines and name it to processes started from now on. Windows has none."""
+        if not hasattr(os, "mkfifo"):
+            return None
+        os.mkfifo(console := self.home / "console", 0o600)
+        self.environment[CONSOLE] = str(console)
+        return console
+
+    def expect(self, modules: list[str], at_once: bool = False) -> None:
+        """Have the fork server, if there is one, import modules of frameworks before a child needs them."""
+        if self.warm and modules:
+            request_imports(str(self.home / "fork"), modules, "import" if at_once else "expect")
 
     def start_fork_server(self, listener: socket.socket, address: Path) -> "subprocess.Popen[str] | None":
         with self.lock:  # so that none is started once all have been killed
@@ -147,12 +162,14 @@ def process_group(
         guardian.communicate()
 
 
-def relay(process: "subprocess.Popen[str]", log: IO[str]) -> int | None:
-    """Show what a process says to people, until it ends (None) or its app tells how the run ended (0 or 1)."""
+def relay(process: "subprocess.Popen[str]", log: IO[str], console: Path | None = None) -> int | None:
+    """Show what a process says to people, until it ends (None) or its app tells how the run ended (0 or 1).
+
+    With `console`, that is what its app writes to this named pipe.
+    """
+    lines = _logged(process, log) if console is None else _from_console(process, log, console)
     with tqdm(leave=False, disable=not sys.stderr.isatty(), bar_format="{desc} {bar} {n}/{total}") as bar:
-        for line in process.stdout or ():
-            with suppress(OSError):  # a full disk: the run itself will say so, better
-                log.write(line)
+        for line in lines:
             if line.startswith(PREFIX):
                 bar.clear()
                 print(line.removeprefix(PREFIX), end="", flush=True)
@@ -163,3 +180,34 @@ def relay(process: "subprocess.Popen[str]", log: IO[str]) -> int | None:
                 bar.n, bar.total = event["progress"]
                 bar.set_description_str(event["doing"])
     return None
+
+
+def _logged(process: "subprocess.Popen[str]", log: IO[str], without: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the lines that a process prints, and write them to the log, `without` those that begin so."""
+    for line in process.stdout or ():
+        with suppress(OSError):  # a full disk: the run itself will say so, better
+            log.write("" if without and line.startswith(without) else line)
+        yield line
+
+
+def _from_console(process: "subprocess.Popen[str]", log: IO[str], console: Path) -> Iterator[str]:
+    """Yield the lines that come through a named pipe, while a process runs whose output goes to the log.
+
+    The log of a run that has failed is complete: Flower delivers the last lines of its app some time after the failure.
+    """
+    descriptor = os.open(console, os.O_RDWR)  # not to find its end as long as no app has opened it
+
+    def drain() -> None:
+        for _ in _logged(process, log, without=(PREFIX, CONTROL)):
+            pass
+        os.write(descriptor, b"\n")
+
+    drained = Thread(target=drain, daemon=True)
+    drained.start()
+    with open(descriptor, encoding="utf-8", errors="replace", closefd=False) as stream:
+        for line in iter(stream.readline, "\n"):
+            with suppress(OSError):
+                log.write(line)
+            if line.startswith(CONTROL) and json.loads(line.removeprefix(CONTROL)).get("end"):
+                drained.join(SIGN_OFF)
+            yield line

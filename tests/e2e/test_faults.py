@@ -1,12 +1,14 @@
 """What can go wrong while a federation runs: processes killed and interrupted, clients that do not fit."""
 
 import contextlib
+import os
 import signal
 import socket
 import time
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pytest
 
 from federation.launch.network import free_port
@@ -172,21 +174,34 @@ def test_other_data_in_each_process_of_a_simulation_are_an_error(terminals: Term
     assert_all_gone(terminals)
 
 
+def of_ray(terminals: Terminals) -> list[psutil.Process]:
+    """Return the processes of Ray that have written their title over their environment, so that it has no tag."""
+    sessions = {os.getsid(process.pid) for process in terminals.processes()}
+    theirs = (process for process in psutil.process_iter() if os.getsid(process.pid) in sessions)
+    return [process for process in theirs if " ".join(process.cmdline()).startswith("ray::")]
+
+
 def test_interrupted_simulation_leaves_nothing(terminals: Terminals) -> None:
     server = terminals.open("server.py", "--task", "tiny", "--simulate", "2", "--rounds", "50")
     server.wait_for("\n    1  ")
+    untagged = of_ray(terminals)
+    assert untagged
     server.interrupt()
     assert server.wait(10) == 130
     assert metrics_of(terminals.folder)["status"] == "failed"
     assert_all_gone(terminals)
+    assert psutil.wait_procs(untagged, timeout=5)[1] == []
 
 
 def test_killed_simulation_leaves_nothing(terminals: Terminals) -> None:
     server = terminals.open("server.py", "--task", "tiny", "--simulate", "2", "--rounds", "50")
     server.wait_for("client 1 joined")
+    untagged = of_ray(terminals)
+    assert untagged
     server.process.kill()
     server.wait(10)
     assert_all_gone(terminals)
+    assert psutil.wait_procs(untagged, timeout=5)[1] == []
 
 
 class SlowLink:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from federation.launch import warm
+from federation.launch import fork_server, warm
 from tests.conftest import ROOT, eventually
 
 pytestmark = pytest.mark.skipif(not warm.SUPPORTED, reason="nothing is forked here")
@@ -117,6 +117,61 @@ def test_nothing_of_one_child_is_seen_by_the_next_but_what_it_had_imported(ours:
     assert len({report["pid"] for report in reports}) == 3
     assert [(report["calls"], report["torch"]) for report in reports] == [(1, 1)] * 3
     assert [report["imported in"] for report in reports] == [reports[0]["pid"], ours.server.pid, ours.server.pid]
+
+
+def noting(folder: Path) -> str:
+    """Return lines of a module with which it notes in a file that it has been imported."""
+    note = f"print(__name__, file=open({str(folder / 'noted')!r}, 'a'))"
+    return f"import os; pid, seed = os.getpid(), lambda: None; {note}\n"
+
+
+@pytest.mark.parametrize("kind", ["import", "expect"])
+def test_a_framework_can_be_imported_before_a_command_needs_it_but_nothing_else(ours: Warm, kind: str) -> None:
+    for name in ("stranger", "torch"):
+        (ours.folder / f"{name}.py").write_text(noting(ours.folder))
+    fork_server.request_imports(str(ours.address), ["stranger", "torch"], kind)
+    eventually((ours.folder / "noted").exists, 20)
+    report = json.loads(ours.open("report").communicate(timeout=20)[0].splitlines()[0])
+    assert report["imported in"] == ours.server.pid
+    assert (ours.folder / "noted").read_text() == "torch\n"
+
+
+def test_a_request_does_not_wait_for_all_modules_that_are_expected(ours: Warm) -> None:
+    go = ours.folder / "go"
+    waiting = f"import time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+    (ours.folder / "jax.py").write_text(noting(ours.folder) + waiting)
+    fork_server.request_imports(str(ours.address), ["jax", "torch"], "expect")
+    eventually((ours.folder / "noted").exists, 20)
+    early = ours.open("report")
+    eventually(lambda: waits_for_an_answer(early.pid), 20)
+    go.touch()
+    report = json.loads(early.communicate(timeout=20)[0].splitlines()[0])
+    assert report["imported in"] != ours.server.pid, "it had to import that itself"
+
+
+def waits_for_an_answer(pid: int) -> bool:
+    """Tell whether a process has a connection to a fork server."""
+    return any(connection.status for connection in psutil.Process(pid).net_connections("unix"))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch\nimport torch.nn as nn\nfrom torch import Tensor", ["torch", "torch.nn", "torch"]),
+        ("import numpy as np", []),
+        ("def f():\n    import torch", []),
+        ("import keras", ["keras"]),
+        ("from flax import nnx\nfrom . import torch", ["flax"]),
+        ("not Python", []),
+    ],
+)
+def test_the_frameworks_of_a_task_are_read_from_its_file(tmp_path: Path, source: str, expected: list[str]) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "task.py").write_text(source)
+    assert warm.frameworks_of("package.task", [tmp_path / "elsewhere", tmp_path]) == expected
+    hidden = warm.frameworks_of("package.task", [tmp_path], with_tensorflow=False)
+    assert hidden == ([] if "keras" in source else expected)
+    assert warm.frameworks_of("nowhere", [tmp_path]) == []
 
 
 def test_a_command_ends_with_its_stand_in_and_the_stand_in_with_it(ours: Warm) -> None:

@@ -58,7 +58,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     @contextmanager
     def process_group(*_: object, **__: object) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(home=tmp_path, start=start, popen=popen)
+        yield SimpleNamespace(
+            home=tmp_path, start=start, popen=popen, open_console=lambda: None, expect=lambda modules, at_once: None
+        )
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cifar_data, "DATA_DIR", tmp_path / "cache" / "cifar10")

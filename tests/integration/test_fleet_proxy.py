@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import federation.launch.fleet_proxy
 from federation.launch import host
-from federation.launch.fleet_proxy import NOT_YET
-from federation.launch.network import LaunchError, free_port, is_up
+from federation.launch.fleet_proxy import NOT_YET, proxy
+from federation.launch.network import LaunchError, free_port, imports_of, is_up
 from federation.launch.process_group import process_group
 from federation.security.certificates import make_authority, make_server
 from tests.conftest import eventually
@@ -97,6 +97,23 @@ def test_whether_the_superlink_is_well_may_be_asked(upstream: Upstream, port: in
     assert ask(port, method, "/health")[0] == 200
     assert [(request.method, request.path) for request in upstream.seen] == [(method, "/health")]
     assert is_up(("127.0.0.1", port))
+
+
+def test_clients_may_ask_which_modules_to_import_and_the_superlink_hears_nothing_of_it(upstream: Upstream) -> None:
+    with serving(proxy("http://127.0.0.1:9", imports=["torch", "torch.nn"])) as front:
+        assert imports_of(("127.0.0.1", front)) == ["torch", "torch.nn"]
+        assert ask(front, "POST", "/imports")[0] == 405
+    assert not upstream.seen
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"), [(404, b'["torch"]'), (200, b"no JSON"), (200, b'{"a": 1}'), (200, b"[1]")]
+)
+def test_who_asks_takes_no_other_answer(upstream: Upstream, status: int, answer: bytes) -> None:
+    upstream.status, upstream.answer = status, answer
+    with serving(upstream) as server:
+        assert imports_of(("127.0.0.1", server)) == []
+    assert imports_of(("127.0.0.1", free_port())) == []
 
 
 def test_no_header_that_is_meant_for_one_hop_passes(upstream: Upstream, port: int) -> None:
@@ -338,7 +355,7 @@ def test_a_gate_is_opened_with_a_certificate_that_is_good_for_other_machines_onl
     make_server(keys, ["server.example"])
     upstream, port = Upstream(), free_port()
     with serving(upstream) as behind, process_group(tmp_path / "log.txt") as ours:
-        host.start_proxy(ours, ("0.0.0.0", port), ("127.0.0.1", behind), None, keys)
+        host.start_proxy(ours, ("0.0.0.0", port), ("127.0.0.1", behind), None, keys, imports=["torch"])
         assert upstream.seen[-1].path == "/health"
         with pytest.raises(LaunchError, match=r"is not valid for '127\.0\.0\.1'"):
             is_up(("127.0.0.1", port), keys / "ca.crt")
