@@ -1,4 +1,4 @@
-"""Who holds which samples: Flower Datasets' partitioners, applied to the labels."""
+"""Split the samples among the clients, with Flower Datasets' partitioners."""
 
 import warnings
 from typing import Any
@@ -17,7 +17,7 @@ BY_SIZE = {"size-skewed": "LinearPartitioner", "linear": "LinearPartitioner", "s
 BY_GROUP = {"by-column", "grouped-natural-id"}
 REMEDIES = {
     "dirichlet": "raise alpha, or lower min-partition-size or the number of clients",
-    "pathological": "change labels-per-client, so that every class has a holder and enough samples for all of them",
+    "pathological": "change labels-per-client: each class needs a client, and enough samples for all of its clients",
     "shards": "lower the number of clients",
     "inner-dirichlet": "raise alpha, or lower the number of clients",
     "size-skewed": "lower the number of clients: the first of them gets 1 part, the second 2, the third 3, ...",
@@ -98,8 +98,8 @@ def _test_rows(test: Any, train: list[Rows], ids: NDArray[Any], size: int, confi
 def split(train_labels: Any, test_labels: Any, partitions: int, config: RunConfig) -> Parts:
     """Return the rows of each partition in the training set ("train") and in the test set ("test").
 
-    Every row is in one partition exactly, no partition is empty, and the test set is split as the training set
-    is: in the same proportions of each class. Raises ValueError where that cannot be.
+    Every row is in exactly one partition, and no partition is empty. Each client has the same share of the test
+    samples of a class as of its training samples. Raises ValueError if such a split is impossible.
     """
     name, seed = config.partitioner, config.seed
     for labels in (train_labels, test_labels):
@@ -112,15 +112,15 @@ def split(train_labels: Any, test_labels: Any, partitions: int, config: RunConfi
         test_classes = np.searchsorted(np.unique(_classes(train_labels, name)), test_classes)
     train = _from_flower_datasets(classes, partitions, config)
     if not np.array_equal(np.sort(np.concatenate(train)), np.arange(len(classes))) or not all(map(len, train)):
-        raise ValueError(f"partitioner={name} cannot split {len(classes)} samples among {partitions} clients so that "
-                         f"each has some and none is left over; {REMEDIES[name]}")  # fmt: skip
+        raise ValueError(f"partitioner={name} cannot split {len(classes)} samples among {partitions} clients so "
+                         f"that each client has some and none is left over; {REMEDIES[name]}")  # fmt: skip
     return {"train": train, "test": _in_proportion(train, classes, test_classes, seed)}
 
 
 def iid(samples: int, partitions: int, seed: int) -> list[Rows]:
     """Split `samples` row numbers at random into parts whose sizes differ by at most one.
 
-    Flower Datasets has the same, and takes four seconds to import: too long for the default.
+    Flower Datasets has such a partitioner, too, but takes four seconds to import, which is too long for the default.
     Raises ValueError if there are fewer samples than partitions.
     """
     check_enough(samples, partitions)
@@ -131,7 +131,7 @@ def iid(samples: int, partitions: int, seed: int) -> list[Rows]:
 def check_enough(samples: int, partitions: int) -> None:
     """Raise ValueError if there are fewer samples than partitions."""
     if samples < partitions:
-        raise ValueError(f"{samples} samples cannot be split among {partitions} clients: each needs one at least")
+        raise ValueError(f"{samples} samples cannot be split among {partitions} clients: each needs at least one")
 
 
 def _classes(labels: Any, partitioner: str) -> NDArray[Any]:
@@ -142,25 +142,27 @@ def _classes(labels: Any, partitioner: str) -> NDArray[Any]:
     if classes.size != len(classes) or not np.issubdtype(classes.dtype, np.integer):
         raise ValueError(f"partitioner={partitioner} needs one whole number per sample as its class; "
                          f"the labels are {classes.dtype} of shape {classes.shape}")  # fmt: skip
-    return classes.ravel().astype(np.int64)  # Flower takes neither big-endian numbers nor uint64 beyond int64
+    return classes.ravel().astype(np.int64)  # Flower accepts neither big-endian numbers nor all of uint64
 
 
 def _from_flower_datasets(classes: NDArray[Any], partitions: int, config: RunConfig) -> list[Rows]:
-    """Return the rows of each partition, none where there is no such partition."""
-    from datasets import Dataset  # these take four seconds to import, which only those who use them should pay
+    """Return the rows of each partition; if the partitioner fails, a single partition without rows."""
+    from datasets import Dataset  # imported here because it takes four seconds
 
-    order = np.random.default_rng(config.seed).permutation(len(classes)).astype(np.int32)  # or they go by the row
+    order = (
+        np.random.default_rng(config.seed).permutation(len(classes)).astype(np.int32)
+    )  # some partitioners keep the order of the rows
     partitioner = _partitioner(partitions, classes, config)
     partitioner.dataset = Dataset.from_dict({"label": classes[order], "row": order})
     try:
-        with warnings.catch_warnings(action="ignore"), np.errstate(invalid="raise"):  # a tiny alpha makes 0 / 0
+        with warnings.catch_warnings(action="ignore"), np.errstate(invalid="raise"):  # a tiny alpha leads to 0 / 0
             return [np.sort(np.array(partitioner.load_partition(i)["row"][:], np.int32)) for i in range(partitions)]
-    except (ValueError, IndexError, ArithmeticError):  # in words that name no setting of ours
+    except (ValueError, IndexError, ArithmeticError):  # its message does not name the settings of the run config
         return [np.empty(0, np.int32)]
 
 
 def _partitioner(partitions: int, classes: NDArray[Any], config: RunConfig) -> Any:
-    """Return Flower's partitioner of the name and the settings in `config`.
+    """Return Flower's partitioner for the name and the settings in `config`.
 
     "dirichlet": Hsu et al. 2019, balanced as by Li et al. 2022 (NIID-Bench, section IV); "pathological": the same,
     quantity-based label imbalance; "shards": McMahan et al. 2017, section 3; "inner-dirichlet": Acar et al. 2021, each
@@ -187,7 +189,7 @@ def _partitioner(partitions: int, classes: NDArray[Any], config: RunConfig) -> A
 
 
 def _shard_size(samples: int, shards: int) -> int:
-    """Return the size that makes `shards` shards, the last of them smaller, or a few more where that cannot be."""
+    """Return the size that gives `shards` shards, with a smaller last one, or a few more if that is impossible."""
     size = -(-samples // shards)
     return size if -(-samples // size) == shards else max(1, samples // shards)
 
@@ -207,7 +209,7 @@ def _in_proportion(train: list[Rows], classes: NDArray[Any], test_classes: NDArr
 
 
 def _none_empty(parts: list[Rows]) -> list[Rows]:
-    """Give each empty part the last row of the largest. There are as many rows as parts, at least."""
+    """Give each empty part the last row of the largest part. There must be at least as many rows as parts."""
     for i in (i for i, part in enumerate(parts) if not len(part)):
         largest = max(range(len(parts)), key=lambda j: len(parts[j]))
         parts[largest], parts[i] = np.split(parts[largest], [-1])

@@ -1,13 +1,13 @@
-"""Plots of a run: its curves, and who holds which samples."""
+"""Plots of a run: its curves, and the samples of each client."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # tell apart by the colour-blind (Okabe and Ito 2008)
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # colour-blind people can distinguish these (Okabe and Ito 2008)
 MOST_AXES = 6
-WHOLE = {"integer": True, "min_n_ticks": 1}  # where to put ticks: rounds, clients and classes have no fractions
+WHOLE = {"integer": True, "min_n_ticks": 1}  # settings of ticks on axes of rounds, clients and classes
 
 
 def curves(metrics: dict[str, Any], path: Path) -> None:
@@ -34,7 +34,7 @@ def curves(metrics: dict[str, Any], path: Path) -> None:
 
 def _curve(axes: Any, rounds: list[dict[str, Any]], key: str, label: str, style: str, colour: str) -> None:
     points = [(row["round"], row[key]) for row in rounds if row.get(key) is not None]
-    size = max(3, min(8, 160 / len(rounds)))  # of many rounds, the marks would hide one another
+    size = max(3, min(8, 160 / len(rounds)))  # the markers of many rounds would overlap
     axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=size) if points else None
 
 
@@ -47,7 +47,7 @@ def _spread(axes: Any, rounds: list[dict[str, Any]], name: str) -> None:
 
 
 def partitions(metrics: dict[str, Any], path: Path) -> None:
-    """Draw the numbers of training samples, classes × clients, and next to them each client's total."""
+    """Draw the number of training samples of each class and client, and above it the total of each client."""
     held = metrics["partitions"]["train"]
     clients, classes = len(held), len(held[0])
     width, height = min(24, 4 + 0.55 * clients), 0.5 + 0.3 * min(classes, 60)  # of the cells, in inches

@@ -1,7 +1,7 @@
-"""Model ↔ ArrayRecord for PyTorch, Keras and Flax NNX. It imports none of them: a model's own framework is loaded.
+"""Convert models of PyTorch, Keras and Flax NNX to ArrayRecords and back, without importing any of these frameworks.
 
-What NumPy itself has no type for (bfloat16, the float8 types) travels as float32, under its own name: Flower's
-strategies can average that, and every value comes out as it went in.
+Values of types that NumPy does not have (bfloat16, the float8 types) are sent as float32, with the name of their own
+type: Flower's strategies can average them, and no value changes.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes  # noqa: F401  (teaches NumPy the names of such types)
+import ml_dtypes  # noqa: F401  (adds such types to NumPy)
 import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
@@ -23,8 +23,8 @@ Values = Mapping[str, NDArray[Any]]
 class Framework(Protocol):
     """How to read and write the weights and buffers of a model, by name, and how to save it."""
 
-    model: str  # the class of its models
-    suffix: str  # of its own file format
+    model: str  # the base class of its models
+    suffix: str  # the suffix of its file format
 
     def read(self, net: Any) -> Values: ...
     def write(self, net: Any, values: Values) -> None: ...
@@ -32,7 +32,7 @@ class Framework(Protocol):
 
 
 class Keras:
-    """A Keras model: its weights by their paths. The random state of its layers is not among them."""
+    """A Keras model: its weights, by their paths, without the random state of its layers."""
 
     model, suffix = "keras.Model", ".keras"
 
@@ -45,7 +45,7 @@ class Keras:
             variable.assign(values[name])
 
     def variables(self, net: Any) -> dict[str, Any]:
-        paths = [variable.path for variable in net.weights]  # layers of a model of one's own may share a name
+        paths = [variable.path for variable in net.weights]  # layers of a subclassed model may share a name
         return {path if paths.count(path) == 1 else f"{path}.{i}": net.weights[i] for i, path in enumerate(paths)}
 
     def save(self, net: Any, path: Path) -> None:
@@ -78,7 +78,7 @@ class Torch:
 
 
 class Flax:
-    """A Flax NNX module: its state, a.b.c for the path (a, b, c), without its random state. Saved as arrays by name."""
+    """A Flax NNX module: its state without random state; the path (a, b, c) becomes the name a.b.c. Saved as .npz."""
 
     model, suffix = "flax.nnx.Module", ".npz"
 
@@ -109,7 +109,7 @@ FRAMEWORKS: tuple[Framework, ...] = (Keras(), Torch(), Flax())  # a Keras model 
 
 
 def framework(net: Any) -> Framework:
-    """Return the framework that `net` is made with. Raises ValueError where it is made with none of them."""
+    """Return the framework of `net`. Raises ValueError if it is none of these."""
     for candidate in FRAMEWORKS:
         module, _, name = candidate.model.rpartition(".")
         loaded = sys.modules.get(module)
@@ -123,15 +123,15 @@ def framework(net: Any) -> Framework:
 
 
 def from_net(net: Any) -> ArrayRecord:
-    """Return all weights and buffers of `net`, by name. Raises ValueError where there are none, or other things."""
+    """Return all weights and buffers of `net`, by name. Raises ValueError if there are none, or other objects."""
     values = framework(net).read(net)
     if not values:
-        raise ValueError("Net() returned a model without weights; one that builds itself late needs its input's shape")
+        raise ValueError("Net() returned a model without weights; if it creates them later, give it its input shape")
     return ArrayRecord({name: encoded(value) for name, value in values.items()})
 
 
 def to_net(arrays: ArrayRecord, net: Any) -> None:
-    """Copy `arrays` into `net`. Raises ValueError where a name, a shape or a dtype does not fit."""
+    """Copy `arrays` into `net`. Raises ValueError if a name, a shape or a dtype does not match."""
     ours = framework(net)
     held = {name: (str(value.dtype), value.shape) for name, value in ours.read(net).items()}
     _compare(_layout(arrays), held)
@@ -168,11 +168,11 @@ def _compare(found: Layout, expected: Layout) -> None:
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
             sent, ours = _shown(found.get(name)), _shown(expected.get(name))
-            raise ValueError(f"{name} does not fit: what was sent has {sent}, the model {ours}")
+            raise ValueError(f"{name} does not match: received {sent}, the model has {ours}")
 
 
 def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
-    return f"{entry[0]} of shape {entry[1]}" if entry else "nothing of that name"
+    return f"{entry[0]} of shape {entry[1]}" if entry else "no such entry"
 
 
 def encoded(values: NDArray[Any]) -> Array:
@@ -182,7 +182,7 @@ def encoded(values: NDArray[Any]) -> Array:
 
 
 def stored_dtype(dtype: Any) -> np.dtype[Any]:
-    """Return the dtype in which values of a dtype travel: float32 for those that a package has added to NumPy."""
+    """Return the dtype in which values of a dtype are sent: float32 for those that a package has added to NumPy."""
     return np.dtype(np.float32) if np.dtype(dtype).isbuiltin == 2 else np.dtype(dtype)
 
 
@@ -192,7 +192,7 @@ def decoded(array: Array) -> NDArray[Any]:
 
 
 def restore_dtypes(old: ArrayRecord, new: ArrayRecord) -> ArrayRecord:
-    """Return `new` with the dtypes of `old`: a weighted mean turns whole numbers, such as counters, into fractions."""
+    """Return `new` with the dtypes of `old`: the weighted mean of integers, such as counters, is a float."""
     pairs = ((name, array.numpy(), np.dtype(old[name].dtype)) for name, array in new.items())
     whole = ((name, np.rint(mean) if dtype.kind in "biu" else mean, dtype) for name, mean, dtype in pairs)
     return ArrayRecord({name: encoded(np.asarray(mean, dtype)) for name, mean, dtype in whole})

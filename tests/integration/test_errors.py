@@ -130,8 +130,8 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--run-config", "retries=-1"], ["retries=-1", "0 to"]),
         (["--run-config", "labels-per-client=0"], ["labels-per-client=0", "1 to"]),
         (["--run-config", "resume=1"], ["resume=1", "bool"]),
-        (["--resume"], ["nothing to resume", "runs/federated", "no checkpoint", "without --resume"]),
-        (["--run-config", "resume=true out='elsewhere'"], ["nothing to resume in elsewhere"]),
+        (["--resume"], ["cannot resume runs/federated", "no checkpoint", "without --resume"]),
+        (["--run-config", "resume=true out='elsewhere'"], ["cannot resume elsewhere: it has no checkpoint"]),
         (["--simulate", "0"], ["--simulate 0: 1 client or more"]),
         (["--simulate", "-2"], ["--simulate -2: 1 client or more"]),
         (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
@@ -477,7 +477,7 @@ def test_a_damaged_checkpoint_is_named(command: Command, begun: Path) -> None:
     named = [str(Path("runs/federated") / CHECKPOINT), "is damaged", "remove it, and start without --resume"]
     check(command("server.py", "--resume"), 2, "server.py", *named)
     (begun / "checkpoint-0.npz").write_bytes((begun / CHECKPOINT).read_bytes())
-    check(command("server.py", "--resume"), 2, "server.py", *named[:2], "--resume goes on from checkpoint-0.npz")
+    check(command("server.py", "--resume"), 2, "server.py", *named[:2], "--resume will continue from checkpoint-0.npz")
 
 
 @pytest.mark.parametrize("option", [[], ["--resume"]], ids=["anew", "resumed"])
@@ -545,7 +545,7 @@ def test_wrong_lines_end_their_processes_with_status_2(terminals: Terminals) -> 
 
 def test_nothing_to_resume_ends_the_servers_process_with_status_2(terminals: Terminals) -> None:
     outcome = terminals.run("server.py", "--resume", "--out", "here", "--simulate", "2", "--data", "embedded")
-    check(outcome, 2, "server.py", "nothing to resume in here")
+    check(outcome, 2, "server.py", "cannot resume here: it has no checkpoint")
     assert not (terminals.folder / "here").exists()
     check_nothing_is_left(terminals)
 

@@ -146,14 +146,14 @@ def test_the_one_before_a_damaged_checkpoint_is_offered_and_read(tmp_path: Path)
     with pytest.raises(ValueError, match="damaged") as error:
         load_checkpoint(tmp_path)
     assert str(error.value).startswith(f"checkpoint {newest} is damaged (")
-    assert str(error.value).endswith(f"); remove it, and --resume goes on from {before.name}")
+    assert str(error.value).endswith(f"); remove it, and --resume will continue from {before.name}")
     newest.unlink()
     check_equal(load(tmp_path), {"w": np.array(9)})
 
 
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
-    check_refused(tmp_path, "there is nothing to resume", "it holds no checkpoint")
-    check_refused(tmp_path / "no" / "folder", "there is nothing to resume")
+    check_refused(tmp_path, "cannot resume", "it has no checkpoint")
+    check_refused(tmp_path / "no" / "folder", "cannot resume")
 
 
 def test_a_checkpoint_that_is_cut_off_anywhere(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_whatever_is_asked_is_done_or_refused_in_a_line(
     except ValueError as error:
         said = str(error)
         if min(len(train), len(test)) < clients:
-            assert said.endswith(f"samples cannot be split among {clients} clients: each needs one at least")
+            assert said.endswith(f"samples cannot be split among {clients} clients: each needs at least one")
         else:
             name = config.partitioner
             assert said.startswith(f"partitioner={name} cannot split {len(train)} samples among {clients} clients")
@@ -356,7 +356,7 @@ def test_labels_that_are_no_classes(labels: Any, said: str) -> None:
 def test_fewer_samples_than_clients_are_refused(partitioner: str, train: int, test: int, clients: int) -> None:
     train_labels, test_labels = np.arange(train) % CLASSES, np.arange(test) % CLASSES
     few = train if train < clients else test
-    said = f"^{few} samples cannot be split among {clients} clients: each needs one at least$"
+    said = f"^{few} samples cannot be split among {clients} clients: each needs at least one$"
     with pytest.raises(ValueError, match=said):
         split(train_labels, test_labels, clients, config(partitioner))
 
@@ -376,7 +376,9 @@ def test_fewer_samples_than_clients_are_refused(partitioner: str, train: int, te
     ids=lambda value: f"{value.partitioner}-{value.alpha}" if isinstance(value, RunConfig) else None,
 )
 def test_what_cannot_be_is_refused_with_a_remedy(clients: int, chosen: RunConfig) -> None:
-    with pytest.raises(ValueError, match=f"among {clients} clients so that each has some and none is left ov") as error:
+    with pytest.raises(
+        ValueError, match=f"among {clients} clients so that each client has some and none is left ov"
+    ) as error:
         split(LABELS, LABELS, clients, chosen)
     partitioner = chosen.partitioner
     assert str(error.value).startswith(f"partitioner={partitioner} cannot split 300 samples ")
