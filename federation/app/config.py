@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from federation.app.layout import SCRIPTS
+
 Settings = dict[str, Any]  # bool, int, float or str by their keys
 
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -97,8 +99,7 @@ def defaults() -> Settings:
 
 @functools.cache
 def _declared() -> Settings:
-    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    return dict(tomllib.loads(pyproject.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+    return dict(tomllib.loads((SCRIPTS / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
 
 
 def parse(text: str) -> Settings:

@@ -16,6 +16,7 @@ from federation.app import hide_tensorflow, samples
 from federation.app.config import RunConfig, parse
 from federation.app.console import FOLDER, one_line
 from federation.app.fingerprint import fingerprint
+from federation.app.layout import SCRIPTS
 
 CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the arguments that it is called with
     "Net": (),
@@ -23,6 +24,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the argume
     "train": ("net", "data", "epochs", "lr", "batch_size", "seed"),
     "test": ("net", "data"),
 }
+NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+SETTABLE = bool | int | float | str | None  # defaults of arguments that the run config can set
 EXTRAS = {"jax": "jax", "flax": "jax", "optax": "jax", "keras": "keras", "tensorflow": "keras"}
 MAIN_ONLY = "it exits when it is imported; move what only the script itself does below: if __name__ == '__main__':"
 
@@ -32,8 +35,7 @@ def load_task(name: str) -> ModuleType:
 
     Raises ValueError where it cannot be imported or breaks the contract.
     """
-    if FOLDER in os.environ and os.environ[FOLDER] not in sys.path:
-        sys.path.insert(0, os.environ[FOLDER])
+    add_task_folders()
     hide_tensorflow.reveal()
     try:
         task = importlib.import_module(name)
@@ -46,6 +48,14 @@ def load_task(name: str) -> ModuleType:
         raise ValueError(f"task {name!r} cannot be imported: {one_line(error)}{remedy}") from None
     check_contract(task)
     return task
+
+
+def add_task_folders() -> None:
+    """Let Python look for tasks in the folder in which the program was started, and last among the project's own."""
+    if FOLDER in os.environ and os.environ[FOLDER] not in sys.path:
+        sys.path.insert(0, os.environ[FOLDER])
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))
 
 
 @functools.cache
@@ -88,7 +98,7 @@ def read_data(task: ModuleType, root: str | None) -> Any:
             samples.check(split)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{task.__file__}: load_data() should return (x_train, y_train), (x_test, y_test), a label "
-                         f"for each sample, or two map-style data sets; it returns {one_line(error)}") from None  # fmt: skip
+                         f"for each sample, or two map-style data sets; here: {one_line(error)}") from None  # fmt: skip
     return train, test
 
 
@@ -117,7 +127,7 @@ def build_net(task: ModuleType, seed: int, classes: int = 0) -> Any:
 
 @functools.cache
 def _takes(net: Any, name: str) -> bool:
-    """Tell whether Net takes an argument: as a function, or as a class, whose metaclass may hide what __init__ takes."""
+    """Tell whether Net takes an argument: as a function or a class. A metaclass may hide what __init__ takes."""
     return any(name in inspect.signature(function).parameters for function in (net, net.__init__))
 
 
@@ -131,8 +141,9 @@ def train_settings(task: ModuleType, config: RunConfig) -> dict[str, Any]:
 
     Raises ValueError where the run config's train-arguments are unknown to it, or of another type than its defaults.
     """
-    settable = {name: one.default for name, one in inspect.signature(task.train).parameters.items()
-                if name not in CONTRACT["train"] and isinstance(one.default, bool | int | float | str | None)}  # fmt: skip
+    parameters = {name: one for name, one in inspect.signature(task.train).parameters.items() if one.kind in NAMED}
+    settable = {name: one.default for name, one in parameters.items() if name not in CONTRACT["train"]}
+    settable = {name: default for name, default in settable.items() if isinstance(default, SETTABLE)}
     given = parse(config.train_arguments)
     for name, value in given.items():
         if name not in settable:

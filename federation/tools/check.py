@@ -1,12 +1,8 @@
 """Check whether a script can be federated, and what would go wrong.
 
-    python -m federation.check my_script --data DIR
-
-Imports the script, statement by statement, and tries its four functions on a few of its samples. Exit status: 0 if it
-can be federated, with or without warnings, 1 if it cannot, 2 for a wrong command line.
+Imports the script, statement by statement, and tries its four functions on a few of its samples.
 """
 
-import argparse
 import ast
 import importlib.util
 import math
@@ -23,8 +19,8 @@ from tqdm import tqdm
 from federation.app import cores, weights
 from federation.app.config import module_name
 from federation.app.console import one_line
-from federation.app.sources import parse, unresolved
-from federation.app.task import find_data, load_task, read_data
+from federation.app.sources import PACKAGES, parse, unresolved
+from federation.app.task import add_task_folders, find_data, load_task, read_data
 from federation.launch.trial import BATCH, SEED, Trial, check_usable, norm
 
 LONG = 0.5  # seconds for one statement of an import
@@ -50,6 +46,7 @@ def import_watched(name: str) -> list[str]:
 
     Raises ValueError where it cannot be imported.
     """
+    add_task_folders()
     spec, origin = find(name)
     body = parse(Path(origin)).body
     future: list[ast.stmt] = [one for one in body if isinstance(one, ast.ImportFrom) and one.module == "__future__"]
@@ -96,7 +93,8 @@ def import_side_effect(
     if command_line:
         return "the command line is read at import, when it is another program's; do so only in main()"
     elsewhere = (sys.prefix, sys.base_prefix, "/proc", "/sys")  # what is imported late, and what tells of the machine
-    if files := [path for path in opened if path.is_file() and not any(map(path.is_relative_to, elsewhere))]:
+    files = [path for path in opened if path.is_file() and not any(map(path.is_relative_to, elsewhere))]
+    if files := [path for path in files if not PACKAGES.intersection(path.parts)]:
         return f"{files[0]} is read at import: in every process, for every message; do so in load_data()"
     made = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     if large := [name for name in made if math.prod(getattr(names.get(name), "shape", ())) > LARGE]:
@@ -196,22 +194,18 @@ def warnings(trial: Trial) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def command() -> int:
-    """Read the command line, check a script and say what has been found; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m federation.check", description=__doc__.split("\n")[0])
-    parser.add_argument("task", help="the name of the script, as for import: my_script, or package.my_script")
-    parser.add_argument("--data", default="", metavar="DIR", help="its data (default: the script's own choice)")
-    args = parser.parse_args()
+def check_script(task: str, data: str) -> int:
+    """Check a script and say what has been found; return the exit status."""
     os.environ |= dict.fromkeys(cores.THREADS, "1") | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
-    name = module_name(args.task)
+    name = module_name(task)
     found = import_watched(name)
     for one in found:
         print(f"{name}, {one}")
-    task = load_task(name)
-    for one in unresolved(task):
+    module = load_task(name)
+    for one in unresolved(module):
         print(one)
         found.append(one)
-    trial = Trial(task, read_data(task, find_data(task, args.data)))
+    trial = Trial(module, read_data(module, find_data(module, data)))
     try:
         check_usable(trial)
         for one in warnings(trial):

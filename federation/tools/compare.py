@@ -1,8 +1,5 @@
 """Is it the same training? Centralized, local and federated training of one task, side by side.
 
-    python -m federation.compare --data DIR     # 10 clients, 6 rounds, 3 seeds; interrupted, it goes on where it was
-    python -m federation.compare --quick        # a taste of it, on the embedded data, in about two minutes
-
 Every argument about the accuracy of federated learning is about the budget that is held equal. Here are three: sample
 visits (of all clients together), sequential steps (of the client with the most samples), and seconds on this machine.
 The federated run on IID partitions sets all three, and every other training is read off where it has used them up.
@@ -11,7 +8,6 @@ Every training has one thread, unless OMP_NUM_THREADS says otherwise: two thread
 on a busy machine for most of the time, and seconds would say little.
 """
 
-import argparse
 import inspect
 import io
 import json
@@ -26,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from federation.app import metrics, samples
-from federation.app.config import RunConfig, Settings, parse, validate
+from federation.app.config import RunConfig, Settings
 from federation.app.cores import THREADS, share_cores
 from federation.app.partition import Rows, split_data
 from federation.app.task import (
@@ -210,26 +206,8 @@ def trainings(skew: str) -> dict[str, Training]:
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def command() -> int:
-    """Read the command line, run what is not yet done, and show the outcome; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--task", metavar="MODULE", help="what to train (default: cifar)")
-    parser.add_argument("--data", metavar="DIR", help="the data folder, as in cifar.py")
-    parser.add_argument("--clients", type=int, metavar="N", dest="num-clients", help="(default: 10)")
-    parser.add_argument("--rounds", type=int, metavar="N", dest="num-server-rounds", help="(default: 6)")
-    parser.add_argument("--run-config", default="", metavar="'KEY=VALUE …'", help="as for server.py")
-    parser.add_argument("--seeds", type=int, metavar="N", help="how many times, each with another seed (default: 3)")
-    parser.add_argument("--out", metavar="DIR", help="for compare.json and compare.png (default: runs/compare)")
-    parser.add_argument("--quick", action="store_true", help="embedded data, 2 clients, 2 rounds, 1 seed, no gap")
-    args = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
-    quick, run_config = args.pop("quick"), args.pop("run_config")
-    seeds = args.pop("seeds", 1 if quick else 3)
-    if seeds < 1:
-        parser.error(f"--seeds {seeds}: 1 or more is needed")
-    try:
-        config = validate((QUICK if quick else FULL) | args | parse(run_config))
-    except ValueError as error:
-        parser.error(str(error))
+def compare(config: RunConfig, seeds: int, quick: bool) -> int:
+    """Run what is not yet done, with so many seeds, and show the outcome; return the exit status."""
     os.environ.setdefault(THREADS[0], "1")
     share_cores()
     config = config.changed(
