@@ -220,7 +220,7 @@ def test_a_part_of_the_training_samples_is_held_back(run: Run) -> None:
     assert own["trained"]["samples"] == [90] * 2 and own["tested"]["samples"] == [30] * 2
 
 
-@pytest.mark.parametrize("clients", [1, 3, 60])
+@pytest.mark.parametrize("clients", [1, 3, 40])
 def test_what_is_held_back_is_seeded_and_of_the_client(clients: int) -> None:
     config = validate({"num-clients": clients, "validation-fraction": 0.2})
     data = load_data()
