@@ -11,14 +11,14 @@ train the global model on their own data, and the mean of their models, weighted
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from federation.app import weights
+from federation.app import metrics, samples, weights
 from federation.app.client_grid import ClientGrid
 from federation.app.config import validate
 from federation.app.console import announce_end
 from federation.app.report import Report
 from federation.app.roster import Roster
 from federation.app.strategy import aggregate_evaluate, aggregate_train, make_strategy, strategy_state
-from federation.app.task import build_net, find_data, load_task, read_data
+from federation.app.task import build_net, classes_of, find_data, load_task, read_data
 
 app = ServerApp()
 
@@ -31,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     task = load_task(config.task)
     root = find_data(task, config.data)
     data = read_data(task, root)
-    net = build_net(task, config.seed)
+    net = build_net(task, config.seed, classes_of(task, data[0]))
     report = Report(config, root, data)
     arrays = report.arrays or weights.from_net(net)
     strategy = make_strategy(config, report.state)
@@ -40,8 +40,7 @@ def main(grid: Grid, context: Context) -> None:
 
     def test(arrays: ArrayRecord) -> dict[str, float]:
         weights.to_net(arrays, net)
-        loss, accuracy = task.test(net, data[1])
-        return {"server_loss": float(loss), "server_accuracy": float(accuracy)}
+        return metrics.of_server(task.test(net, samples.take(data[1])))
 
     with roster.session(meanwhile=report.draw), report.marking_failure():
         if report.next_round == 0:

@@ -1,13 +1,16 @@
 """The run config: its defaults in pyproject.toml, its syntax, and the values that it takes."""
 
 import functools
+import json
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from federation.app.layout import SCRIPTS
 
 Settings = dict[str, Any]  # bool, int, float or str by their keys
 
@@ -47,12 +50,24 @@ class RunConfig(BaseModel):
     round_timeout: Count
     min_clients: Clients
     retries: Annotated[int, Field(ge=0, le=1000)]
-    partitioner: Literal["iid", "dirichlet", "pathological", "shards", "size-skewed"]
+    partitioner: Literal[
+        "iid", "dirichlet", "inner-dirichlet", "pathological", "shards", "size-skewed", "linear", "square",
+        "exponential", "by-column", "grouped-natural-id",
+    ]  # fmt: skip
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)]
     min_partition_size: Count
     labels_per_client: Count
     shards_per_client: Count
+    group_size: Count
+    train_arguments: str
+    validation_fraction: Annotated[float, Field(ge=0, le=0.9)]
     resume: bool
+
+    @field_validator("train_arguments")
+    @classmethod
+    def _in_order(cls, text: str) -> str:
+        """Return the arguments in the order of their names, so that the order in which they are given is no setting."""
+        return " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(parse(text).items()))
 
     @model_validator(mode="after")
     def _check_clients(self) -> Self:
@@ -64,10 +79,10 @@ class RunConfig(BaseModel):
         """Return all values by their keys, as in pyproject.toml."""
         return self.model_dump(by_alias=True)
 
-    def train_arguments(self) -> Settings:
+    def train_settings(self) -> Settings:
         """Return what a task's train() is called with, besides net, data and seed; no `lr` leaves that to the task."""
         rate = {"lr": self.learning_rate} if self.learning_rate else {}
-        return {"epochs": self.local_epochs, "batch_size": self.batch_size, **rate}
+        return {"epochs": self.local_epochs, "batch_size": self.batch_size, **rate, **parse(self.train_arguments)}
 
     def changed(self, **values: Any) -> Self:
         """Return a copy with other values, which are not checked."""
@@ -84,8 +99,7 @@ def defaults() -> Settings:
 
 @functools.cache
 def _declared() -> Settings:
-    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    return dict(tomllib.loads(pyproject.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+    return dict(tomllib.loads((SCRIPTS / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
 
 
 def parse(text: str) -> Settings:

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from federation.app.layout import SCRIPTS
+
 PACKAGES = {"site-packages", "dist-packages"}
 OURS = "federation", "client", "server", ""  # modules that every process has
-PROJECT = Path(__file__).absolute().parents[2]  # a task in another folder may import cifar_data, too
 
 
 class Import(NamedTuple):
@@ -101,7 +102,7 @@ def unresolved(task: ModuleType) -> Iterator[str]:
 
 def _elsewhere(module: str, base: Path) -> str:
     """Return where a module is if it is neither beside the task nor installed, otherwise ""."""
-    if _files(module, base) or (base / module).is_dir():
+    if module in OURS or _files(module, base) or (base / module).is_dir():
         return ""
     spec = importlib.util.find_spec(module)
     if spec is None:
@@ -132,9 +133,9 @@ def _files(module: str, base: Path) -> dict[str, Path]:
     parts = module.split(".")
     if parts[0] in OURS:
         return {}
-    for folder in (base, PROJECT):
+    for folder in (base, SCRIPTS):  # a task in another folder may import cifar_data, too
         files = [_file(folder.joinpath(*parts[:depth])) for depth in range(1, len(parts) + 1)]
-        if any(files) and not _is_installed(folder):
+        if any(files) and (folder == SCRIPTS or not _is_installed(folder)):
             return {file.relative_to(folder).as_posix(): file for file in files if file}
     return {}
 

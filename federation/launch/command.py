@@ -5,16 +5,17 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from federation.app.console import FOLDER
 from federation.launch.network import LaunchError
 
 
-def run_command(command: Callable[[], int]) -> None:
+def run_command(command: Callable[[], int], name: str = "") -> NoReturn:
     """Run a program and exit with its status, with 1 and one line if it fails, 130 after Ctrl-C, SIGTERM or SIGHUP."""
     catch_signals()
     os.environ[FOLDER] = str(Path.cwd())
-    name = Path(sys.argv[0]).name
+    name = name or Path(sys.argv[0]).name
     try:
         sys.exit(command())
     except (LaunchError, ValueError, OSError) as error:

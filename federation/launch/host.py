@@ -13,6 +13,7 @@ from typing import Any
 
 from federation.app import hide_tensorflow
 from federation.app.config import RunConfig, Settings
+from federation.app.layout import PACKAGE, SCRIPTS
 from federation.launch import warm
 from federation.launch.fork_server import PREPARE
 from federation.launch.key_registry import KeyRegistry
@@ -38,7 +39,7 @@ def host_run(
     with process_group(Path(run_config.out) / "log.txt", environment) as ours:
         console = ours.open_console()
         register = KeyRegistry(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
-        needed = warm.frameworks_of(run_config.task, [Path.cwd(), ROOT], with_tensorflow=not federation_config)
+        needed = warm.frameworks_of(run_config.task, [Path.cwd(), SCRIPTS], with_tensorflow=not federation_config)
         ours.expect(needed, at_once=True)
         superlink, ca = start_superlink(ours, inside, federation_config is not None, register is not None)
         preparation = Preparation(ours, run_config)
@@ -163,9 +164,10 @@ def bundle(folder: Path, files: Mapping[str, str]) -> Path:
 
     Of the whole project, Flower would ship every script, and look through all environments in it first.
     """
-    names = "pyproject.toml", "client.py", "server.py", "federation/__init__.py"
-    ours = [*(ROOT / name for name in names), *ROOT.glob("federation/app/**/*.py")]
-    for name, path in ({**files} | {str(path.relative_to(ROOT)): str(path) for path in ours}).items():
+    shipped: dict[str, str | Path] = {**files}
+    shipped |= {name: SCRIPTS / name for name in ("pyproject.toml", "client.py", "server.py")}
+    shipped |= {str(path.relative_to(ROOT)): path for path in (PACKAGE / "__init__.py", *PACKAGE.glob("app/**/*.py"))}
+    for name, path in shipped.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     return folder

@@ -1,6 +1,5 @@
 """Addresses and ports, and whether a server answers at an address."""
 
-import argparse
 import ipaddress
 import re
 import secrets
@@ -22,7 +21,7 @@ class LaunchError(Exception):
 
 
 def address(text: str) -> Address:
-    """Split HOST:PORT, where HOST is a name, an IPv4 address or an IPv6 address in brackets."""
+    """Split HOST:PORT, where HOST is a name, an IPv4 address or an IPv6 address in brackets. Raises ValueError."""
     host, _, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
@@ -31,7 +30,7 @@ def address(text: str) -> Address:
         or not port.isdecimal()
         or not 0 < int(port) < 65536
     ):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080")
+        raise ValueError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080")
     return host, int(port)
 
 

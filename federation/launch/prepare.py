@@ -13,8 +13,9 @@ from typing import Any
 from federation.app.config import RunConfig, validate
 from federation.app.partition import check_enough
 from federation.app.run_folder import write_atomically
+from federation.app.samples import count
 from federation.app.sources import sources
-from federation.app.task import find_data, load_task, read_data
+from federation.app.task import CONTRACT, find_data, load_task, read_data, train_settings
 from federation.launch.fork_server import frameworks
 from federation.launch.trial import Trial, check_usable
 
@@ -31,9 +32,10 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
     task = load_task(config.task)
     root = find_data(task, config.data)
     data = read_data(task, root)
-    check_enough(min(len(labels) for _, labels in data), config.num_clients)
+    settings = {name: value for name, value in train_settings(task, config).items() if name not in CONTRACT["train"]}
+    check_enough(min(map(count, data[:1] if config.validation_fraction else data)), config.num_clients)
     yield {"data": root, "files": _files(task)}
-    trial = Trial(task, data, SAMPLES)
+    trial = Trial(task, data, SAMPLES, settings)
     if trial.defaults and not config.learning_rate:
         raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")
     try:

@@ -17,12 +17,13 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from federation.app.console import CONSOLE, CONTROL, MARK, PREFIX
+from federation.app.layout import PACKAGE
 from federation.launch import guard, warm
 from federation.launch.fork_server import request_imports
 from federation.launch.network import LaunchError
 
 SIGN_OFF = 5  # seconds; it takes less than one, but where the machine is busy
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = PACKAGE.parent
 
 
 class ProcessGroup:

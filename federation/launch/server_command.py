@@ -1,84 +1,112 @@
-"""The command line of server.py."""
+"""The command line of `python server.py` and `federate server`."""
 
-import argparse
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated
 
-from federation.app.checkpoint import resumed
-from federation.app.config import RunConfig, Settings, defaults, parse, validate
-from federation.app.run_folder import run_folder
-from federation.launch import host, network, simulation
-from federation.launch.command import run_command
-from federation.security import certificates
+import click
 
-DESCRIPTION = "Host a federated run: serve clients, or simulate them on this machine."
+from federation.launch.command_line import misuse, options, run_script
+
+if TYPE_CHECKING:
+    from federation.app.config import RunConfig, Settings
+    from federation.launch.network import Address
+
+Key = options("Short for a key of the run config")
+Setting = options("Any key of the run config")
+Simulation = options("Simulation")
+Network = options("Clients in other terminals and on other machines")
 
 
 def main() -> None:
-    run_command(server)
+    run_script(server)
 
 
-def server() -> int:
-    """Read the command line and host the run; return its exit status."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, usage="%(prog)s [options]")
-    add_options(parser)
-    args = parser.parse_args()
-    check_options(parser, args)
-    address = args.address or ("127.0.0.1", 8080)
-    try:
-        network.check_exposed(address, args.tls is not None, args.insecure)
+def server(
+    rounds: Annotated[int | None, Key(metavar="N", help="how many (default: 3)")] = None,
+    clients: Annotated[int | None, Key(metavar="N", help="how many to wait for (default: 2)")] = None,
+    task: Annotated[str | None, Key(metavar="MODULE", help="the script to federate (default: cifar)")] = None,
+    data: Annotated[str | None, Key(metavar="DIR", help="the data folder (default: the script's own choice)")] = None,
+    out: Annotated[str | None, Key(metavar="DIR", help="the run folder (default: runs/federated)")] = None,
+    resume: Annotated[bool, Key("--resume", help="go on with the run in the run folder")] = False,
+    run_config: Annotated[list[str] | None, Setting(metavar="'KEY=VALUE …'", help="as for flwr run")] = None,
+    simulate: Annotated[int | None, Simulation(metavar="N", help="play N clients on this machine")] = None,
+    gpus_per_client: Annotated[float | None, Simulation(metavar="F", help="(default: all, shared)")] = None,
+    federation_config: Annotated[str, Simulation(metavar="'KEY=VALUE …'", help="as for flwr run")] = "",
+    address: Annotated[str | None, Network(metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")] = None,
+    tls: Annotated[str | None, Network(metavar="DIR", help="the folder of server.crt, server.key, …")] = None,
+    insecure: Annotated[bool, Network("--insecure", help="serve other machines without TLS")] = False,
+) -> int:
+    """Host a federated run, or simulate one on this machine.
+
+    \b
+    federate server --clients 4 --rounds 10
+    federate server --task my_script --simulate 10
+    federate server --address 0.0.0.0:8080 --tls keys
+    """
+    return serve(SimpleNamespace(**locals()))
+
+
+def serve(args: SimpleNamespace) -> int:
+    """Host the run that these options describe; return its exit status."""
+    check_options(args)
+    from federation.app.run_folder import run_folder  # here, so that --help need not wait for Flower
+    from federation.launch import host, network, simulation
+
+    address, tls = read_network(args)
+    with misuse():
+        network.check_exposed(address, tls is not None, args.insecure)
         config = run_config(args)
         nodes = plan(args, config)
-    except ValueError as error:
-        parser.error(str(error))
     config = config.changed(out=host.writable(config.out))
     if nodes:
         print(simulation.describe(config.num_clients, nodes), flush=True)
     else:
         network.check_free(address)
     with run_folder(Path(config.out)):
-        return host.host_run(address, config, nodes, args.tls)
+        return host.host_run(address, config, nodes, tls)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    keys = parser.add_argument_group("short for a key of the run config").add_argument
-    keys("--rounds", type=int, metavar="N", dest="num-server-rounds")
-    keys("--clients", type=int, metavar="N", dest="num-clients", help="how many to wait for")
-    keys("--task", metavar="MODULE", help="what to federate (default: cifar)")
-    keys("--data", metavar="DIR", help="the data folder, as in cifar.py")
-    keys("--out", metavar="DIR", help="the run folder (default: runs/federated)")
-    keys("--resume", action="store_true", default=None, help="go on with the run in the run folder")
-    add("--run-config", action="append", default=[], metavar="'KEY=VALUE …'", help="as for flwr run")
-    add("--simulate", type=int, metavar="N", help="play N clients on this machine")
-    add("--gpus-per-client", type=float, metavar="F", help="with --simulate (default: all, shared)")
-    add("--federation-config", default="", metavar="'KEY=VALUE …'", help="with --simulate, as for flwr run")
-    add("--address", type=network.address, metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")
-    add("--tls", metavar="DIR", type=certificates.server_folder, help="with server.crt, server.key, …")
-    add("--insecure", action="store_true", help="serve other machines without TLS")
-
-
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program where options do not go together."""
+def check_options(args: SimpleNamespace) -> None:
+    """Raise UsageError where options do not go together."""
     if args.simulate is None and (args.gpus_per_client is not None or args.federation_config):
-        parser.error("--gpus-per-client and --federation-config go with --simulate")
+        raise click.UsageError("--gpus-per-client and --federation-config go with --simulate")
     if args.simulate is not None and args.simulate < 1:
-        parser.error(f"--simulate {args.simulate}: 1 client or more is needed")
-    if args.simulate is not None and (args.address or args.tls or vars(args)["num-clients"] is not None):
-        parser.error("--simulate N plays all clients here: it goes with none of --clients, --address and --tls")
+        raise click.UsageError(f"--simulate {args.simulate}: 1 client or more is needed")
+    if args.simulate is not None and {args.address, args.tls, args.clients} != {None}:
+        raise click.UsageError("--simulate N plays all clients here: it goes with none of --clients, --address, --tls")
 
 
-def plan(args: argparse.Namespace, config: RunConfig) -> Settings | None:
+def read_network(args: SimpleNamespace) -> "tuple[Address, Path | None]":
+    """Return the address to listen on, and the folder of the server's certificate."""
+    from federation.launch import network
+    from federation.security import certificates
+
+    with misuse("--address"):
+        address = network.address("127.0.0.1:8080" if args.address is None else args.address)
+    with misuse("--tls"):
+        return address, None if args.tls is None else certificates.server_folder(args.tls)
+
+
+def plan(args: SimpleNamespace, config: "RunConfig") -> "Settings | None":
     """Return the nodes of a simulation, None where clients are served."""
+    from federation.launch import simulation
+
     if args.simulate is None:
         return None
     return simulation.plan(config.num_clients, args.gpus_per_client, args.federation_config)
 
 
-def run_config(args: argparse.Namespace) -> RunConfig:
+def run_config(args: SimpleNamespace) -> "RunConfig":
     """Return the run config of a command line. Raises ValueError for an unknown key or a wrong value."""
+    from federation.app.checkpoint import resumed
+    from federation.app.config import parse, validate
+
     overrides: Settings = {}
-    for text in args.run_config:
+    for text in args.run_config or []:
         overrides |= parse(text)
-    given = vars(args) | {"num-clients": args.simulate or vars(args)["num-clients"]}
-    overrides |= {key: given[key] for key in defaults().keys() & given.keys() if given[key] is not None}
+    clients = args.clients if args.simulate is None else args.simulate
+    keys = {"num-server-rounds": args.rounds, "num-clients": clients, "resume": args.resume or None}
+    keys |= {key: getattr(args, key) for key in ("task", "data", "out")}
+    overrides |= {key: value for key, value in keys.items() if value is not None}
     return resumed(overrides) if overrides.get("resume") else validate(overrides)

@@ -1,18 +1,10 @@
-"""Create certificates for TLS, and keys for the clients that may join.
+"""Create and check certificates for TLS, and keys for the clients that may join."""
 
-    python -m federation.certificates keys --server server.example 10.0.0.1 --client berlin paris
-
-This creates a certificate authority for development (`keys/ca.crt`, `ca.key`), a certificate for a server with these
-names (`server.crt`, `server.key`), and for each client a folder to copy to its machine (`keys/berlin`: `ca.crt`,
-`client.key`). The clients whose public keys are in `keys/clients` may join; keys can be added and removed while the
-server runs. If the command is repeated, only the server's certificate is created again.
-"""
-
-import argparse
 import hashlib
 import ipaddress
 import re
 import ssl
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -120,11 +112,41 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey, form: PRIVATE) -> No
     _write(path, content, 0o600)
 
 
+def make_missing(folder: Path, servers: list[str], clients: list[str], days: int = DAYS) -> Iterator[str]:
+    """Create the missing files in `folder`; yield a line on how to use them for each server and client.
+
+    Raises ValueError if a client's name or `days` is invalid, or if there is no certificate authority.
+    """
+    _check_possible(folder, servers, clients, days)
+    if servers:
+        if not (folder / "ca.crt").exists():
+            make_authority(folder, days)
+        make_server(folder, list(dict.fromkeys([*servers, *LOCAL])), days)
+        yield f"server: --tls {folder}, until {expiry(folder / 'server.crt'):%Y-%m-%d}"
+    for name in clients:
+        if not (folder / name / "client.key").exists():
+            make_client(folder, name)
+        yield f"client: --tls {folder / name}, on its machine; to remove it: rm {folder / 'clients' / name}.pub"
+
+
+def _check_possible(folder: Path, servers: list[str], clients: list[str], days: int) -> None:
+    for name in clients:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name == "clients":
+            raise ValueError(f"--client {name!r} is not a valid client name: use letters, digits, - and _")
+    if days < 1:
+        raise ValueError(f"--days {days}: 1 or more is needed")
+    missing = [path for path in (folder / "ca.crt", folder / "ca.key") if not path.exists()]
+    if servers and len(missing) == 1:
+        raise ValueError(f"{missing[0]} is missing, but a server's certificate is signed with both ca.crt and ca.key")
+    if not servers and not (folder / "clients" / "ca.crt").exists():
+        raise ValueError(f"{folder} has no certificate authority yet: add --server HOST to create it")
+
+
 # --------------------------------------------------------------------------------------------------------- checking
 
 
 def server_folder(text: str) -> Path:
-    """Return the folder given by the server's --tls. Raises ArgumentTypeError if a server cannot use it."""
+    """Return the folder given by the server's --tls. Raises ValueError if a server cannot use it."""
     folder = Path(text).expanduser().absolute()
     _check_authority(folder)
     try:
@@ -132,23 +154,23 @@ def server_folder(text: str) -> Path:
             folder / "server.crt", folder / "server.key", password=""
         )
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{folder} has no server.crt with a matching server.key: {error}") from None
+        raise ValueError(f"{folder} has no server.crt with a matching server.key: {error}") from None
     if expiry(folder / "server.crt") < datetime.now(UTC):
-        raise argparse.ArgumentTypeError(f"{folder}/server.crt expired on {expiry(folder / 'server.crt'):%Y-%m-%d}")
+        raise ValueError(f"{folder}/server.crt expired on {expiry(folder / 'server.crt'):%Y-%m-%d}")
     return folder
 
 
 def client_folder(text: str) -> Path:
-    """Return the folder given by a client's --tls. Raises ArgumentTypeError if a client cannot use it."""
+    """Return the folder given by a client's --tls. Raises ValueError if a client cannot use it."""
     folder = Path(text).expanduser().absolute()
     _check_authority(folder)
     if path := client_key(folder):
         try:
             key = serialization.load_ssh_private_key(path.read_bytes(), None)
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
-            raise argparse.ArgumentTypeError(f"{path} is not a private key in OpenSSH's format: {error}") from None
+            raise ValueError(f"{path} is not a private key in OpenSSH's format: {error}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise argparse.ArgumentTypeError(f"{path} is not an ECDSA key; create one with: ssh-keygen -t ecdsa -b 384")
+            raise ValueError(f"{path} is not an ECDSA key; create one with: ssh-keygen -t ecdsa -b 384")
     return folder
 
 
@@ -156,7 +178,7 @@ def _check_authority(folder: Path) -> None:
     try:
         ssl.create_default_context(cafile=folder / "ca.crt")
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{folder}/ca.crt is not the certificate of an authority: {error}") from None
+        raise ValueError(f"{folder}/ca.crt is not the certificate of an authority: {error}") from None
 
 
 def client_key(folder: Path | None) -> Path | None:
@@ -173,44 +195,3 @@ def fingerprint(key: Path) -> str:
 
 def expiry(certificate: Path) -> datetime:
     return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
-
-
-# ---------------------------------------------------------------------------------------------------------- command
-
-
-def _client_name(text: str) -> str:
-    if not re.fullmatch(r"\w[\w.-]*", text) or text == "clients":
-        raise argparse.ArgumentTypeError(f"{text!r} is not a valid client name: use letters, digits, - and _")
-    return text
-
-
-def command() -> int:
-    """Read the command line, create what is missing, print how to use it, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m federation.certificates",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-    )
-    parser.add_argument("folder", type=Path, help="for all files; `python server.py --tls FOLDER` uses it")
-    parser.add_argument("--server", nargs="+", metavar="HOST", help="names and addresses of the server")
-    parser.add_argument("--client", nargs="+", metavar="NAME", default=[], type=_client_name, help="of clients")
-    parser.add_argument("--days", type=int, default=DAYS, metavar="N", help=f"how long certificates last ({DAYS})")
-    args = parser.parse_args()
-    folder: Path = args.folder
-    if args.days < 1:
-        parser.error(f"--days {args.days}: 1 or more is needed")
-    missing = [path for path in (folder / "ca.crt", folder / "ca.key") if not path.exists()]
-    if args.server and len(missing) == 1:
-        parser.error(f"{missing[0]} is missing, but a server's certificate is signed with both ca.crt and ca.key")
-    if args.server and missing:
-        make_authority(folder, args.days)
-    if args.server:
-        make_server(folder, list(dict.fromkeys([*args.server, *LOCAL])), args.days)
-        print(f"server: --tls {folder}, until {expiry(folder / 'server.crt'):%Y-%m-%d}")
-    elif not (folder / "clients" / "ca.crt").exists():
-        parser.error(f"{folder} has no certificate authority yet: add --server HOST to create it")
-    for name in args.client:
-        if not (folder / name / "client.key").exists():
-            make_client(folder, name)
-        print(f"client: --tls {folder / name}, on its machine; to remove it: rm {folder / 'clients' / name}.pub")
-    return 0

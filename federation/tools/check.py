@@ -1,12 +1,8 @@
 """Check whether a script can be federated, and what would cause problems.
 
-    python -m federation.check my_script --data DIR
-
-This imports the script, statement by statement, and tries its four functions on a few samples. The exit status is 0 if
-the script can be federated, with or without warnings, 1 if it cannot, and 2 if the command line is wrong.
+This imports the script, statement by statement, and tries its four functions on a few samples.
 """
 
-import argparse
 import ast
 import importlib.util
 import math
@@ -23,8 +19,8 @@ from tqdm import tqdm
 from federation.app import cores, weights
 from federation.app.config import module_name
 from federation.app.console import one_line
-from federation.app.sources import parse, unresolved
-from federation.app.task import build_net, find_data, load_task, read_data
+from federation.app.sources import PACKAGES, parse, unresolved
+from federation.app.task import add_task_folders, find_data, load_task, read_data
 from federation.launch.trial import BATCH, SEED, Trial, check_usable, norm
 
 LONG = 0.5  # seconds for one statement at module level
@@ -50,6 +46,7 @@ def import_watched(name: str) -> list[str]:
 
     Raises ValueError if the module cannot be imported.
     """
+    add_task_folders()
     spec, origin = find(name)
     body = parse(Path(origin)).body
     future: list[ast.stmt] = [one for one in body if isinstance(one, ast.ImportFrom) and one.module == "__future__"]
@@ -96,7 +93,8 @@ def import_side_effect(
     if command_line:
         return "the command line is read at import, when it belongs to another program; read it in main()"
     elsewhere = (sys.prefix, sys.base_prefix, "/proc", "/sys")  # files of modules, and files that describe the machine
-    if files := [path for path in opened if path.is_file() and not any(map(path.is_relative_to, elsewhere))]:
+    files = [path for path in opened if path.is_file() and not any(map(path.is_relative_to, elsewhere))]
+    if files := [path for path in files if not PACKAGES.intersection(path.parts)]:
         return f"{files[0]} is read at import, in every process for every message; read it in load_data()"
     made = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     if large := [name for name in made if math.prod(getattr(names.get(name), "shape", ())) > LARGE]:
@@ -111,7 +109,7 @@ def import_side_effect(
 
 def unrepeatable(trial: Trial) -> str:
     """All random numbers should come from a seed: the global one, or the argument."""
-    one, other = (weights.from_net(build_net(trial.task, SEED)) for _ in range(2))
+    one, other = (weights.from_net(trial.net()) for _ in range(2))
     if weights.sha256(one) != weights.sha256(other):
         return "Net() is not deterministic for a fixed seed, so results cannot be reproduced"
     if not trial.train().equals(trial.train_anew()):
@@ -159,11 +157,11 @@ def statistics(trial: Trial) -> str:
 
 def sums(trial: Trial) -> Iterator[str]:
     """Losses should be means, which do not grow with the number of samples or the batch size."""
-    loss = float(trial.train(lr=0.0).loss)
-    others = trial.train(lr=0.0, copies=2).loss, trial.train(lr=0.0, batch_size=2 * BATCH).loss
-    if max(map(float, others)) > 1.6 * loss > 0:
+    loss = trial.train(lr=0.0).mean_loss()
+    others = trial.train(lr=0.0, copies=2).mean_loss(), trial.train(lr=0.0, batch_size=2 * BATCH).mean_loss()
+    if max(others) > 1.6 * loss > 0:
         yield "train() returns a sum of losses: it grows with the number of samples or the batch size"
-    if float(trial.test(copies=2)[0]) > 1.6 * float(trial.test()[0]) > 0:
+    if trial.test_loss(copies=2) > 1.6 * trial.test_loss() > 0:
         yield "test() returns a sum of losses: it grows with the number of samples"
     if 1.6 < trial.step(copies=2).step() / trial.step().step() < 2.4:
         yield "train() follows the sum of the samples' gradients: twice the batch size is twice the learning rate"
@@ -171,7 +169,7 @@ def sums(trial: Trial) -> Iterator[str]:
 
 def tests_that_train(trial: Trial) -> str:
     """test() should not change the net; in PyTorch, this needs net.eval()."""
-    net = build_net(trial.task, SEED)
+    net = trial.net()
     before = weights.from_net(net)
     trial.call("test", net, trial.data())
     return "test() changes the net; is net.eval() missing?" if norm(before, weights.from_net(net)) else ""
@@ -198,22 +196,18 @@ def warnings(trial: Trial) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def command() -> int:
-    """Read the command line, check a script, print the warnings, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m federation.check", description=__doc__.split("\n")[0])
-    parser.add_argument("task", help="the name of the script, as in an import: my_script, or package.my_script")
-    parser.add_argument("--data", default="", metavar="DIR", help="its data (default: the script's own choice)")
-    args = parser.parse_args()
+def check_script(task: str, data: str) -> int:
+    """Check a script, print the warnings, and return the exit status."""
     os.environ |= dict.fromkeys(cores.THREADS, "1") | {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
-    name = module_name(args.task)
+    name = module_name(task)
     found = import_watched(name)
     for one in found:
         print(f"{name}, {one}")
-    task = load_task(name)
-    for one in unresolved(task):
+    module = load_task(name)
+    for one in unresolved(module):
         print(one)
         found.append(one)
-    trial = Trial(task, read_data(task, find_data(task, args.data)))
+    trial = Trial(module, read_data(module, find_data(module, data)))
     try:
         check_usable(trial)
         for one in warnings(trial):

@@ -1,8 +1,5 @@
 """Compare centralized, local and federated training of a task.
 
-    python -m federation.compare --data DIR     # 10 clients, 6 rounds, 3 seeds; continues if it was interrupted
-    python -m federation.compare --quick        # a short version with the embedded data, about two minutes
-
 A comparison of accuracies depends on which budget is equal. Three budgets are used here: sample visits (of all clients
 together), sequential steps (of the client with the most samples), and seconds on this machine. All three are those of
 the federated run on IID partitions; the accuracy of every other training is taken where it has used up the budget.
@@ -11,7 +8,6 @@ Every training has one thread, unless OMP_NUM_THREADS is set. On a busy machine,
 wait for each other, which would make the seconds meaningless.
 """
 
-import argparse
 import inspect
 import io
 import json
@@ -25,10 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from federation.app.config import RunConfig, Settings, parse, validate
+from federation.app import metrics, samples
+from federation.app.config import RunConfig, Settings
 from federation.app.cores import THREADS, share_cores
-from federation.app.partition import Rows, split
-from federation.app.task import build_net, client_seed, find_data, load_task, read_data
+from federation.app.partition import Rows, split_data
+from federation.app.task import (
+    build_net,
+    classes_of,
+    client_seed,
+    find_data,
+    load_task,
+    read_data,
+    train_settings,
+)
 from federation.launch import host, simulation
 from federation.launch.network import LaunchError
 from federation.tools import comparison
@@ -51,7 +56,8 @@ class Lab:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.task = config, load_task(config.task)
         self.train_data, self.test_data = read_data(self.task, config.data)
-        self.samples = len(self.train_data[1])
+        self.samples = samples.count(self.train_data)
+        self.classes = classes_of(self.task, self.train_data)
         self.rounds, self.clients, self.local_epochs = config.num_server_rounds, config.num_clients, config.local_epochs
 
     def steps(self, samples: int) -> int:
@@ -60,20 +66,26 @@ class Lab:
 
     def parts(self, partitioner: str, seed: int) -> list[Rows]:
         config = self.config.changed(partitioner=partitioner, seed=seed)
-        return split(self.train_data[1], self.test_data[1], self.clients, config)["train"]
+        return split_data((self.train_data, self.test_data), self.clients, config)["train"]
+
+    def net(self, seed: int) -> Any:
+        return build_net(self.task, seed, self.classes)
 
     def test(self, net: Any) -> float:
-        return float(self.task.test(net, self.test_data)[1])
+        """Return the accuracy on the whole test set. Raises ValueError if test() returns none."""
+        found = metrics.named("test", self.task.test(net, samples.take(self.test_data)))
+        if "accuracy" not in found:
+            raise ValueError(f"{self.task.__name__}.test() returns no accuracy, which is needed to compare trainings")
+        return found["accuracy"]
 
     def train(self, net: Any, rows: Rows | None, epochs: int, seed: int, **more: Any) -> None:
         """Train `net` on the samples in `rows` (None: all), with the settings that client.py would use."""
-        x, y = self.train_data
-        data = (x, y) if rows is None else (x[rows], y[rows])
-        self.task.train(net, data, seed=seed, **self.config.train_arguments() | {"epochs": epochs} | more)
+        data = samples.take(self.train_data, rows)
+        self.task.train(net, data, seed=seed, **train_settings(self.task, self.config) | {"epochs": epochs} | more)
 
     def train_at_once(self, rows: Rows | None, epochs: int, seed: int) -> list[Point]:
         """Train as the script itself does. Return a point per epoch, or one if `train` has no `after_epoch`."""
-        net, started, points = build_net(self.task, seed), time.perf_counter(), []
+        net, started, points = self.net(seed), time.perf_counter(), []
         samples = self.samples if rows is None else len(rows)
 
         def after_epoch(epoch: int, loss: float = 0.0) -> None:
@@ -88,7 +100,7 @@ class Lab:
 
     def train_in_turns(self, shards: Sequence[Rows | None], seed: int) -> list[Point]:
         """Train one net on one shard after another in every round, each time with a new optimizer."""
-        net, started, points = build_net(self.task, seed), time.perf_counter(), []
+        net, started, points = self.net(seed), time.perf_counter(), []
         steps = sum(self.steps(self.samples if rows is None else len(rows)) for rows in shards) * self.local_epochs
         for done in range(self.rounds):
             for position, rows in enumerate(shards):
@@ -150,7 +162,7 @@ def local_only(partitioner: str) -> Training:
         alone, parts = [], lab.parts(partitioner, seed)
         epochs, started = lab.rounds * lab.local_epochs, time.perf_counter()
         for position, rows in enumerate(parts):
-            net = build_net(lab.task, seed)
+            net = lab.net(seed)
             lab.train(net, rows, epochs, client_seed(seed, position, 0))
             alone.append(lab.test(net))
         steps, seconds = epochs * lab.steps(max(map(len, parts))), time.perf_counter() - started
@@ -194,26 +206,8 @@ def trainings(skew: str) -> dict[str, Training]:
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def command() -> int:
-    """Read the command line, run the trainings that are missing, print the results, and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--task", metavar="MODULE", help="what to train (default: cifar)")
-    parser.add_argument("--data", metavar="DIR", help="the data folder, as in cifar.py")
-    parser.add_argument("--clients", type=int, metavar="N", dest="num-clients", help="(default: 10)")
-    parser.add_argument("--rounds", type=int, metavar="N", dest="num-server-rounds", help="(default: 6)")
-    parser.add_argument("--run-config", default="", metavar="'KEY=VALUE …'", help="as for server.py")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: 3)")
-    parser.add_argument("--out", metavar="DIR", help="for compare.json and compare.png (default: runs/compare)")
-    parser.add_argument("--quick", action="store_true", help="embedded data, 2 clients, 2 rounds, 1 seed, no gap")
-    args = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
-    quick, run_config = args.pop("quick"), args.pop("run_config")
-    seeds = args.pop("seeds", 1 if quick else 3)
-    if seeds < 1:
-        parser.error(f"--seeds {seeds}: 1 or more is needed")
-    try:
-        config = validate((QUICK if quick else FULL) | args | parse(run_config))
-    except ValueError as error:
-        parser.error(str(error))
+def compare(config: RunConfig, seeds: int, quick: bool) -> int:
+    """Run the trainings that are missing, with `seeds` seeds, print the results, and return the exit status."""
     os.environ.setdefault(THREADS[0], "1")
     share_cores()
     config = config.changed(
@@ -229,6 +223,7 @@ def run(config: RunConfig, chosen: dict[str, Training], seeds: range) -> None:
     """Run every cell that is not yet in compare.json, save each when it is finished, and show tables and plots."""
     lab, path = Lab(config), Path(config.out) / "compare.json"
     cells = comparison.load(path, config)
+    lab.test(lab.net(seeds[0]))
     for partitioner in ("iid", config.partitioner):
         lab.parts(partitioner, seeds[0])  # an impossible split should fail before hours of training
     wanted = [(seed, name) for seed in seeds for name in chosen]

@@ -1,8 +1,7 @@
 """The comparison: what is read off where, a gap that adds up, and a command that loses nothing."""
 
+import io
 import json
-import runpy
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from PIL import Image
 
 from federation.app import cores
 from federation.app.config import RunConfig, validate
+from federation.compare import compare as command
 from federation.launch import host
+from federation.launch.command_line import run_script
 from federation.tools import compare, comparison
 from federation.tools.compare import Lab, trainings
 from federation.tools.comparison import Cells, Point, summary, tables
@@ -227,11 +228,11 @@ def test_federated_runs_are_counted_by_what_clients_report(
         (["--rounds", "0"], "num-server-rounds=0 is out of range"),
         (["--run-config", "alpha=-1"], "alpha=-1 is out of range"),
         (["--run-config", "nonsense"], "is not of the form key=value"),
-        (["--clients", "many"], "invalid int value: 'many'"),
+        (["--clients", "many"], "'many' is not a valid integer"),
     ],
 )
 def test_wrong_options_are_misuse(failed: Any, options: list[str], named: str) -> None:
-    status, errors = failed(compare.command, "compare.py", *options)
+    status, errors = failed(lambda: run_script(command), "compare.py", *options)
     assert status == 2
     assert named in errors.splitlines()[-1]
 
@@ -249,11 +250,8 @@ def test_wrong_options_are_misuse(failed: Any, options: list[str], named: str) -
     ],
 )
 def test_what_cannot_be_compared_fails_in_one_line(failed: Any, options: list[str], named: str) -> None:
-    def script() -> None:
-        with redirect_stdout(sys.stderr):
-            runpy.run_module("federation.compare", run_name="__main__")
-
-    status, errors = failed(script, "compare.py", *options)
+    with redirect_stdout(io.StringIO()):
+        status, errors = failed(lambda: run_script(command), "compare.py", *options)
     assert (status, errors.count("\n")) == (1, 1)
     assert errors.startswith(f"compare.py: {named}")
 
@@ -265,10 +263,10 @@ def test_every_training_has_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path
         monkeypatch.setenv(variable, "1")  # so that it is put back
         monkeypatch.delenv(variable)
     monkeypatch.setattr(compare, "run", lambda *_: seen.append(torch.get_num_threads()))
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--quick", "--out", str(tmp_path)])
     torch.set_num_threads(2)
     cores.share_cores.cache_clear()
-    assert compare.command() == 0 and seen == [1]
+    config = validate({"data": "embedded", "out": str(tmp_path)})
+    assert compare.compare(config, seeds=1, quick=True) == 0 and seen == [1]
     cores.share_cores.cache_clear()
 
 

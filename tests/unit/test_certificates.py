@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import shutil
+import signal
 import ssl
 import stat
 import subprocess
@@ -19,7 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_private_key,
 )
 
-from federation.launch.command import run_command
+from federation.certificates import certificates as command
+from federation.launch.command_line import run_script
 from federation.security import certificates
 
 Failed = Callable[..., tuple[int, str]]
@@ -35,8 +37,13 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Return a function that runs the command in this process, where it must succeed."""
 
     def make(*line: object) -> int:
-        monkeypatch.setattr("sys.argv", ["certificates", *map(str, line)])
-        return certificates.command()
+        monkeypatch.setattr("sys.argv", ["certificates.py", *map(str, line)])
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as end:
+            run_script(command)
+        signal.signal(signal.SIGTERM, handler)
+        assert end.value.code == 0
+        return 0
 
     return make
 
@@ -52,12 +59,10 @@ def refused(failed: Failed) -> Callable[..., str]:
     """Return a function that runs the command, which must end with status 2, and returns the one line that it says."""
 
     def refused(*line: object) -> str:
-        status, errors = failed(lambda: run_command(certificates.command), "certificates", *map(str, line))
-        *usage, last = errors.splitlines()
-        assert status == 2, errors
-        assert all(line.startswith(("usage: ", " ")) for line in usage), errors
-        assert last.startswith("python -m federation.certificates: error: "), errors
-        return last
+        status, errors = failed(lambda: run_script(command), "certificates.py", *map(str, line))
+        assert (status, errors.count("\n")) == (2, 1), errors
+        assert errors.startswith("certificates.py: error: ")
+        return errors
 
     return refused
 
@@ -252,7 +257,7 @@ def test_a_client_whose_making_was_cut_short_is_made_by_the_next_call(
         with monkeypatch.context() as disk:
             disk.setattr(certificates, "_write", full)
             with pytest.raises(OSError, match="no space left"):
-                make(keys, "--client", f"rome{allowed}")
+                list(certificates.make_missing(keys, [], [f"rome{allowed}"]))
         make(keys, "--client", f"rome{allowed}")
         key = load_ssh_private_key((keys / f"rome{allowed}" / "client.key").read_bytes(), None)
         registered = (keys / "clients" / f"rome{allowed}.pub").read_bytes()
@@ -299,4 +304,4 @@ def test_a_certificate_that_never_was_good_is_refused(refused: Callable[..., str
 
 
 def test_a_folder_must_be_named(refused: Callable[..., str]) -> None:
-    assert "folder" in refused("--server", "localhost")
+    assert "FOLDER" in refused("--server", "localhost")

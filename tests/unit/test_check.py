@@ -9,7 +9,8 @@ import pytest
 from flwr.app import Array, ArrayRecord
 
 from federation.app import cores
-from federation.launch.command import run_command
+from federation.check import check as command
+from federation.launch.command_line import run_script
 from federation.tools import check
 
 SOUND = '''"""A script that may be federated without a second thought."""
@@ -77,8 +78,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def run(source: str) -> list[str]:
         name = f"script_{tmp_path.name}".replace("-", "_")
         (tmp_path / f"{name}.py").write_text(source, "utf-8")
-        monkeypatch.setattr(sys, "argv", ["check.py", name])
-        assert check.command() == 0
+        assert check.check_script(name, data="") == 0
         return [line.replace(name, "NAME") for line in capsys.readouterr().out.splitlines()]
 
     return run
@@ -210,7 +210,7 @@ def test_two_models_are_as_far_apart_as_their_weights(checked: Any) -> None:
     [
         (["useless"], 1, ["check.py: ", "useless.py has no Net(), and it has no load_data(), and"]),
         (["not_there"], 1, ["check.py: ", "'not_there' cannot be imported: there is no not_there.py"]),
-        ([], 2, ["usage: python -m federation.check"]),
+        ([], 2, ["check.py: error: Missing argument 'SCRIPT'"]),
     ],
     ids=["useless", "missing", "unnamed"],
 )
@@ -220,5 +220,5 @@ def test_the_command_fails(
     (tmp_path / "useless.py").write_text("import numpy\n", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "addaudithook", lambda hook: None)
-    ended, errors = failed(lambda: run_command(check.command), "check.py", *line)
+    ended, errors = failed(lambda: run_script(command), "check.py", *line)
     assert ended == status and all(text in errors for text in expected), errors

@@ -1,6 +1,5 @@
 """Addresses, and what a server that answers, or does not, is taken for: TLS that fails is explained in one line."""
 
-import argparse
 import socket
 import ssl
 import time
@@ -39,7 +38,7 @@ def test_a_good_address_is_split_and_shown_as_it_was(text: str, expected: tuple[
 
 
 def test_an_address_is_refused_with_an_example() -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=r"'here' is not HOST:PORT, such as 127\.0\.0\.1:8080"):
+    with pytest.raises(ValueError, match=r"'here' is not HOST:PORT, such as 127\.0\.0\.1:8080"):
         address("here")
 
 

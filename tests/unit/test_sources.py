@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from federation.app.layout import SCRIPTS
 from federation.app.sources import compared, digests, sources, unresolved
 from tests.conftest import ROOT
 
@@ -121,3 +122,13 @@ def test_a_helper_that_is_no_python_is_named_with_its_line(make: Make) -> None:
     task = make(a_task="def f():\n    import broken", broken="x = 1\ndef (")
     with pytest.raises(ValueError, match=r"broken\.py, line 2, is not valid Python"):
         sources(task)
+
+
+def test_a_module_of_the_project_is_sent_unless_one_beside_the_task_has_its_name(make: Make, tmp_path: Path) -> None:
+    task = make(a_task="from cifar import Net\nimport client, federation.app.config")
+    found = sources(task)
+    assert set(found) - {path.name for path in SCRIPTS.glob("cifar*.py")} == {"a_task.py"}
+    assert found["cifar.py"] == SCRIPTS / "cifar.py" and set(compared(task)) == set(found)
+    assert list(unresolved(task)) == []
+    (tmp_path / "cifar.py").write_text("def Net(): ...")
+    assert sources(task) == {"a_task.py": tmp_path / "a_task.py", "cifar.py": tmp_path / "cifar.py"}
