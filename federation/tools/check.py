@@ -22,6 +22,7 @@ from federation.app.console import one_line
 from federation.app.sources import PACKAGES, parse, unresolved
 from federation.app.task import add_task_folders, find_data, load_task, read_data
 from federation.launch.trial import BATCH, SEED, Trial, check_usable, norm
+from federation.tools.new import gaps
 
 LONG = 0.5  # seconds for one statement at module level
 LARGE = 10_000  # elements of an array that is created at module level
@@ -94,7 +95,7 @@ def import_side_effect(
         return "the command line is read at import, when it belongs to another program; read it in main()"
     elsewhere = (sys.prefix, sys.base_prefix, "/proc", "/sys")  # files of modules, and files that describe the machine
     files = [path for path in opened if path.is_file() and not any(map(path.is_relative_to, elsewhere))]
-    if files := [path for path in files if not PACKAGES.intersection(path.parts)]:
+    if files := [path for path in files if path.suffix != ".py" and not PACKAGES.intersection(path.parts)]:
         return f"{files[0]} is read at import, in every process for every message; read it in load_data()"
     made = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     if large := [name for name in made if math.prod(getattr(names.get(name), "shape", ())) > LARGE]:
@@ -204,6 +205,9 @@ def check_script(task: str, data: str) -> int:
     for one in found:
         print(f"{name}, {one}")
     module = load_task(name)
+    if left := [f"{name}, {gap}" for gap in gaps(Path(str(module.__file__)))]:
+        print(*left, sep="\n")
+        raise ValueError(f"{name} cannot be federated yet: fill in what is listed above")
     for one in unresolved(module):
         print(one)
         found.append(one)
