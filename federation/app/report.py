@@ -70,6 +70,8 @@ class Report:
         self.arrays, self.state = records.pop("arrays"), records
         self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions", "best")}
         print_to_user(f"resuming after round {saved['rounds'][-1]['round']}")
+        if self.metrics["best"] and self.metrics["best"]["round"] == saved["rounds"][-1]["round"]:
+            self._save_model("best_model")  # the end may have come before that
 
     @property
     def places(self) -> dict[str, int]:
@@ -118,23 +120,26 @@ class Report:
         self.metrics["rounds"].append(row)
         self.metrics["clients"] = dict(places)
         self.arrays = arrays
-        self._keep_best(row)
+        is_best = self._note_best(row)
         with self._saving("a checkpoint"):
             save_checkpoint(self.metrics, {"arrays": arrays, **state}, self.folder)
+        if is_best:
+            self._save_model("best_model")
         self._write()
         self._show(row)
 
-    def _keep_best(self, row: Mapping[str, Any]) -> None:
-        """Save the model of a round if it is the best so far."""
+    def _note_best(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether the model of a round is the best so far, and note it. Raises ValueError for an unknown metric."""
         key, _, order = self.config.best_key.partition(":")
         value, best = row.get(key), self.metrics["best"]
-        if row["round"] and value is None:
+        if row["round"] and value is None and self.config.best_metric != "server_loss":
             known = [f"{side}_{name}" for side in ("server", "clients", "train") for name in metrics.of_side(side, row)]
             raise ValueError(f"best-metric={key}: a round has only {', '.join(known)}")
         sign = -1 if order == "max" or (not order and not key.endswith("_loss")) else 1
-        if value is not None and (best is None or sign * value < sign * best["value"]):
+        is_best = value is not None and (best is None or sign * value < sign * best["value"])
+        if is_best:
             self.metrics["best"] = {"round": row["round"], "metric": key, "value": value}
-            self._save_model("best_model")
+        return is_best
 
     def _save_model(self, name: str) -> str:
         assert self.arrays is not None

@@ -129,7 +129,12 @@ class Arrays:
     model, suffix = "builtins.dict", ".npz"
 
     def read(self, net: Any) -> Values:
-        return {name: np.asarray(value) for name, value in net.items()}
+        for name, value in net.items():
+            if not isinstance(value, np.ndarray) or not isinstance(name, str):
+                raise ValueError(
+                    f"{name!r} of the model is of type {type(value).__name__}, not a NumPy array with a name"
+                )
+        return dict(net)
 
     def write(self, net: Any, values: Values) -> None:
         for name, value in values.items():
@@ -157,7 +162,7 @@ def framework(net: Any) -> Framework:
         loaded = sys.modules.get(module)
         if loaded and isinstance(net, getattr(loaded, name)):
             return candidate
-    known = ", ".join(candidate.model for candidate in FRAMEWORKS)
+    known = ", ".join(candidate.model.replace("builtins.dict", "a dict of arrays") for candidate in FRAMEWORKS)
     raise ValueError(f"Net() returned an object of type {type(net).__name__}, not one of: {known}")
 
 

@@ -117,7 +117,8 @@ def pick(split: Any, rows: NDArray[np.int64]) -> Any:
     except Exception as error:
         kinds = " and ".join(type(part).__name__ for part in (split if is_arrays(split) else [split]))
         raise ValueError(f"load_data() should return arrays, from which rows can be picked by an array of their "
-                         f"numbers, or map-style data sets; it has {kinds}: {one_line(error)}") from None  # fmt: skip
+                         f"numbers, or map-style data sets; it returns {kinds}: "
+                         f"{one_line(error)}") from None  # fmt: skip
     if lengths != {len(rows)}:
         raise ValueError(f"load_data() should return arrays; of {len(rows)} rows picked from one, there are {lengths}")
     return picked

@@ -120,7 +120,7 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--run-config", "seed=1", "--run-config", "batch-size=0"], ["batch-size=0"]),
         (
             ["--run-config", "partitioner='foo'"],
-            ["partitioner='foo'", "iid, dirichlet, pathological, shards, size-skewed"],
+            ["partitioner='foo'", "iid, dirichlet, inner-dirichlet, pathological"],
         ),
         (["--run-config", "alpha=0"], ["alpha=0", "0.001 to"]),
         (["--run-config", "strategy='fedprox'"], ["strategy='fedprox'", "fedavg, fedadam"]),

@@ -475,7 +475,7 @@ def test_a_message_is_the_strategys_with_the_place_of_the_client_added(clock: Cl
     assert message.content["config"]["server-round"] == 3
     assert weights.sha256(message.content["arrays"]) == weights.sha256(MODEL)
     assert dict(message.content["client"]) == {"position": 0}
-    facts = {"data": "/data", "fingerprint": fingerprint(DATA), "files": list(compared(cifar)), "classes": 0}
+    facts = {"data": "/data", "fingerprint": fingerprint(DATA), "files": list(compared(cifar)), "classes": 20}
     assert dict(message.content["server"]) == facts
     assert message.metadata.dst_node_id == 4
 

@@ -179,7 +179,7 @@ USELESS = {
     "no model": ([("return nn.Sequential", "return list")], ".Net() failed: list expected"),
     "another model": ([("return nn.Sequential", "return nn, ")], "Net() returned an object of type tuple, not one"),
     "a data set alone": ([(", (x[200:], y[200:])", "")], "load_data() should return (x_train, y_train), (x_test"),
-    "labels that lack": ([("y[:200]", "y[:100]")], "lengths are: [200, 100, 100, 100]"),
+    "labels that lack": ([("y[:200]", "y[:100]")], "lengths are: [200, 100]"),
     "data that are not there": ([("random = np", "random = open('/no/such/file') and np")], "No such file"),
     "half a task": (
         [("def train(", "def fit("), ("def test(net, data)", "def test(net)")],

@@ -276,7 +276,15 @@ def test_a_changed_key_is_named_with_both_values(key: str, tmp_path: Path) -> No
 
 
 def test_keys_that_no_past_round_depends_on_may_change(tmp_path: Path) -> None:
-    assert {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries"} == RESUMABLE_KEYS
+    assert {
+        "resume",
+        "out",
+        "num-server-rounds",
+        "round-timeout",
+        "min-clients",
+        "retries",
+        "patience",
+    } == RESUMABLE_KEYS
     assert defaults().keys() >= RESUMABLE_KEYS
     check_same(defaults(), changed(*RESUMABLE_KEYS), tmp_path)
 

@@ -312,11 +312,11 @@ def test_a_framework_is_told_by_its_model(kit: Kit) -> None:
     assert (framework.model, framework.suffix) == (kit.model, kit.suffix)
 
 
-@pytest.mark.parametrize("thing", [None, 3, {"weight": np.ones(3)}, np.ones(3), cifar.Net], ids=repr)
+@pytest.mark.parametrize("thing", [None, 3, [np.ones(3)], np.ones(3), cifar.Net], ids=repr)
 def test_what_is_no_model_is_refused_by_the_name_of_its_type(thing: object) -> None:
     said = (
         f"Net() returned an object of type {type(thing).__name__}, "
-        "not one of: keras.Model, torch.nn.Module, flax.nnx.Module"
+        "not one of: keras.Model, torch.nn.Module, flax.nnx.Module, a dict of arrays"
     )
     for function in (weights.framework, weights.from_net):
         with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
