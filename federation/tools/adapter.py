@@ -136,6 +136,8 @@ class Adapter:
         optimizer, self.rate = recognition.optimizer(self.script)
         self.criterion = made("criterion =", criterion, "define criterion(outputs, labels)")
         self.optimizer = made("optimizer =", optimizer, "make the optimizer of net, with lr")
+        if line := recognition.schedule(self.script):
+            self.optimizer.append(f"# left out: the schedule in line {line}, which would start anew in every round")
 
     def text(self, task: str) -> str:
         """Return the text of the module `task`."""
@@ -156,6 +158,8 @@ class Adapter:
             last = {kind: place for place, kind in enumerate(kinds) if kind}
             names = [f"{kind}_data" if last.get(kind) == place else "_" for place, kind in enumerate(kinds)]
             lines = self.call(f"{', '.join(names)} =", function, {"root": self.root(function)})
+            if "root" not in recognition.roles(function):
+                lines.append(f"# {function.name}() has no parameter for the folder: root does not reach it")
         else:
             sets = recognition.datasets(self.script)
             lines = made("train_data =", sets.get("train"), f"make train_data, the training set of {self.file},")
@@ -163,33 +167,43 @@ class Adapter:
         return body(*dict.fromkeys(lines), "return as_arrays(train_data), as_arrays(test_data)")
 
     def root(self, function: Function) -> str:
-        """Return what a function is given as the data folder."""
+        """Return what a function of the script is given as the data folder."""
         for name in self.script.parameters(function):
             if role(name) == "root" and (value := self.script.argument(function, name)):
                 return f"root or {self.script.piece(*value).text}"
         return "root"
 
     def train(self) -> str:
-        lines = ["net.to(device)", "order = torch.Generator().manual_seed(seed)",
-                 "loader = make_loader(data, batch_size, order)", *self.optimizer]  # fmt: skip
-        if line := recognition.schedule(self.script):
-            lines.append(f"# left out: the schedule in line {line}, which would start anew in every round")
+        lines = [
+            "net.to(device)",
+            "order = torch.Generator().manual_seed(seed)",
+            "loader = make_loader(data, batch_size, order)",
+        ]
         if loop := recognition.loop(self.script, trains=True):
             return body(*lines, *self.call_loop(loop))
         if trainer := recognition.trainer(self.script):
-            calls = *self.call("trainer =", trainer[0], OURS), *self.call("", trainer[1], OURS)
-            return body(*lines, "torch.manual_seed(seed)", *calls, "return test(net, data)[0]")
+            return body(*lines, *self.call_trainer(*trainer))
         usual = self.every_epoch(USUAL_LOOP.format(file=self.file))
-        return body(*lines, *self.criterion, usual, "return total / len(data[1])")
+        return body(*lines, *self.optimizer, *self.criterion, usual, "return total / len(data[1])")
 
     def call_loop(self, loop: Function) -> list[str]:
         """Return the lines that call the script's own loop, once or for every epoch, and return the loss."""
         roles, results = recognition.roles(loop), recognition.returned(loop)
         has_loss = len(results) == 1 and "loss" in results[0]
         call = self.call("loss =" if has_loss else "", loop, OURS)
-        lines = ["torch.manual_seed(seed)", *call] if "epochs" in roles else [self.every_epoch(*call)]
+        calls = ["torch.manual_seed(seed)", *call] if "epochs" in roles else [self.every_epoch(*call)]
         end = "return loss" if has_loss else f"return test(net, data)[0]  # {loop.name}() returns no loss"
-        return [*(self.criterion if "criterion" in roles else []), *lines, end]
+        return [*self.what_is_trained_with(roles), *calls, end]
+
+    def call_trainer(self, init: Function, run: Function) -> list[str]:
+        given = self.what_is_trained_with(recognition.roles(init) | recognition.roles(run))
+        calls = [*self.call("trainer =", init, OURS), *self.call("", run, OURS)]
+        return [*given, "torch.manual_seed(seed)", *calls, "return test(net, data)[0]"]
+
+    def what_is_trained_with(self, roles: set[str]) -> list[str]:
+        own = ["# the script's own function makes an optimizer: lr does not reach it"] * ("lr" not in roles)
+        lines = self.optimizer if "optimizer" in roles else own
+        return [*lines, *(self.criterion if "criterion" in roles else [])]
 
     def every_epoch(self, *lines: str) -> str:
         seeds = "torch.manual_seed(seed + epoch)", "order.manual_seed(seed + epoch)"
@@ -229,16 +243,17 @@ class Adapter:
         defaults = ", ".join(f"{name}={default or None}" for name, default in options.items())
         text = f"args = SimpleNamespace({defaults})  # by default, on its command line\n"
         text *= self.script.uses_options
-        if self.runs_at_import:
+        if self.runs_at_import and names:
             given = ", args=args" if self.script.uses_options else ""
             text += DEFINITIONS.format(name=self.script.name, names=", ".join(map(repr, names)), given=given)
         return text
 
     def imports(self) -> str:
-        standard = [*(TYPES if self.runs_at_import else ())]
+        is_needed = self.script.needed() != []
+        standard = [*(TYPES if self.runs_at_import and is_needed else ())]
         standard += ["from types import SimpleNamespace"] * self.script.uses_options
         others = sorted({*TORCH, *self.script.import_lines()}, key=lambda line: (line.startswith("from"), line))
-        own = [] if self.runs_at_import else [f"import {self.script.name} as script"]
+        own = [] if self.runs_at_import or not is_needed else [f"import {self.script.name} as script"]
         return "\n\n".join("\n".join(group) for group in (standard, others, own) if group)
 
 

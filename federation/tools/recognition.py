@@ -4,7 +4,7 @@ import ast
 import re
 
 from federation.tools.roles import role, which
-from federation.tools.script import Function, Piece, Script
+from federation.tools.script import Function, Piece, Script, is_main
 
 LOSSES = re.compile(r"\w*Loss|cross_entropy|nll_loss|mse_loss|(smooth_)?l1_loss|huber_loss|binary_cross_entropy\w*")
 OPTIMIZERS = re.compile(r"SGD|Adam\w*|NAdam|RAdam|RMSprop|Adagrad|Adadelta|Rprop|ASGD")
@@ -18,8 +18,7 @@ def runs_at_import(script: Script) -> bool:
 
 
 def _acts(script: Script, statement: ast.stmt) -> bool:
-    is_main = isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test)
-    if is_main or isinstance(statement, Function | ast.ClassDef):
+    if is_main(statement) or isinstance(statement, Function | ast.ClassDef):
         return False
     calls = [node for node in ast.walk(statement) if isinstance(node, ast.Call)]
     works = any(is_dataset(script, call) or ast.unparse(call.func).endswith("parse_args") for call in calls)

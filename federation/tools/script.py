@@ -15,7 +15,7 @@ from federation.app.sources import parse
 from federation.tools.roles import role
 
 Function = ast.FunctionDef
-Value = tuple[ast.expr, ast.AST]  # an expression, and the function or module that it is in
+Value = tuple[ast.expr, ast.AST]  # an expression, and the function, block or module that it is in
 
 
 @dataclass
@@ -74,8 +74,8 @@ class Script:
         return [node for node in self.tree.body if isinstance(node, Function)]
 
     def scope(self, node: ast.AST) -> ast.AST:
-        """Return the function that a node is in, or the module."""
-        while not isinstance(node := self.parents.get(node, self.tree), Function | ast.Module):
+        """Return the function that a node is in, or the block that only runs as a script, or the module."""
+        while not isinstance(node := self.parents.get(node, self.tree), Function | ast.Module) and not is_main(node):
             pass
         return node
 
@@ -148,13 +148,13 @@ class Script:
         return node
 
     def _local(self, name: str, scope: ast.AST) -> Value | None:
-        """Return the value of a variable or parameter of a function."""
-        if not isinstance(scope, Function):
+        """Return the value of a local variable or parameter."""
+        if isinstance(scope, ast.Module):
             return None
         for node in ast.walk(scope):
             if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
                 return node.value, scope
-        return self.argument(scope, name)
+        return self.argument(scope, name) if isinstance(scope, Function) else None
 
     def argument(self, function: Function, parameter: str) -> Value | None:
         """Return what a parameter of a function is: its default, or else what the function is first called with."""
@@ -183,6 +183,11 @@ class Script:
             elif name not in defaults(function):
                 value = self.argument(function, name)
                 yield name, self.piece(*value) if value else Piece("...", unknown=[name])
+
+
+def is_main(node: ast.AST) -> bool:
+    """Tell whether this is what a module does only if it is run as a script."""
+    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
 
 
 def defaults(function: Function) -> dict[str, ast.expr]:

@@ -165,3 +165,52 @@ def test_a_script_that_is_not_there_or_is_no_python_is_named(
     ended = failed(lambda: run_script(new.new), "new.py", "my_task.py", "--from", "broken.py")
     assert ended[0] == 2 and "broken.py, line 1, is not valid Python" in ended[1]
     assert not Path("my_task.py").exists()
+
+
+OWN_WAYS = """
+import torch
+from torch import nn
+
+class Network(nn.Module):
+    def __init__(self, inputs, hidden, outputs):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+    def forward(self, x):
+        return self.layer(x)
+
+def load_sets():
+    x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    sets = torch.utils.data.TensorDataset(x, x[:, :3].argmax(1))
+    train_set, valid_set, test_set = torch.utils.data.random_split(sets, [50, 10, 30])
+    return train_set, valid_set, test_set
+
+def fit(model, loader, n_epochs, weight=0.5):
+    optimizer = torch.optim.RMSprop(model.parameters())
+    criterion = nn.CrossEntropyLoss()
+    for _ in range(n_epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+
+if __name__ == "__main__":
+    size, outputs = 4, 3
+    hidden = 2 * 8
+    network = Network(size, hidden, outputs)
+    fit(network, torch.utils.data.DataLoader(load_sets()[0], batch_size=5), 3)
+"""
+
+
+def test_what_a_script_does_by_itself_is_left_to_it_and_noted(folder: Path) -> None:
+    Path("own_ways.py").write_text(OWN_WAYS)
+    write_new(Path("my_task.py"), Path("own_ways.py"))
+    text = Path("my_task.py").read_text()
+    assert "train_data, _, test_data = script.load_sets()  # line" in text, "the test set, and not that for validation"
+    assert "# load_sets() has no parameter for the folder: root does not reach it\n" in text
+    assert "# the script's own function makes an optimizer: lr does not reach it\n" in text
+    assert "script.fit(model=net, loader=loader, n_epochs=epochs)" in text and "for epoch in range" not in text
+    assert "epochs=1, lr=0.01, batch_size=5, seed=0" in text, "as RMSprop and the script's DataLoader have it"
+    [gap] = gaps(Path("my_task.py"))
+    assert gap.endswith("TODO: say what size, outputs should be: replace this line")
+    assert "    hidden = 2 * 8\n    return script.Network(size, hidden, outputs)  # line" in text
