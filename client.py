@@ -27,8 +27,8 @@ def train(message: Message, context: Context) -> Message:
     job = Job(message, context)
     data = job.samples("train")
     net = job.global_model(job.seed)
-    loss = job.task.train(net, data, seed=job.seed, **job.settings)
-    return job.reply(data, net, **{"train-loss": loss})
+    result = job.task.train(net, data, seed=job.seed, **job.settings)
+    return job.reply(data, result, net)
 
 
 @app.evaluate()
@@ -37,8 +37,8 @@ def evaluate(message: Message, context: Context) -> Message:
     job = Job(message, context)
     data = job.samples("test")
     net = job.global_model(job.config.seed)
-    loss, accuracy = job.task.test(net, data)
-    return job.reply(data, loss=loss, accuracy=accuracy)
+    result = job.task.test(net, data)
+    return job.reply(data, result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a small convolutional network on MNIST. Plain JAX with Flax NNX and optax, one file.
+"""Train a small convolutional network on MNIST, in plain JAX with Flax NNX and optax.
 
     python examples/mnist_jax.py                      # 3 epochs
     python examples/mnist_jax.py --data mnist.npz --epochs 10
@@ -8,45 +8,36 @@ Images stay in memory as bytes, and every step is one call of a compiled functio
 
 import argparse
 import functools
-import gzip
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from numpy.typing import NDArray
 from tqdm import tqdm
-
-try:
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from flax import nnx
-except ModuleNotFoundError as error:
-    sys.exit(f"mnist_jax.py: {error}; install what it needs by: pip install '.[jax]'")
 
 Data = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images (n, 28, 28), labels (n,)
 
 CLASSES = 10
-DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mnist"  # where MNIST is looked for
-EMBEDDED = "embedded"  # the name of the generated stand-in, for machines that have neither data nor a network
+DATA_DIR = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mnist"
+EMBEDDED = "embedded"  # the name of the generated data set
 URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 
 
 class Net(nnx.Module):
-    """Two convolutions, each of which halves the image, and two dense layers: (n, 28, 28) bytes to (n, 10) logits.
-
-    Strides halve it, since the gradient of pooling takes XLA three times as long on a CPU.
-    """
+    """Two convolutions, each of which halves the image, and two dense layers: (n, 28, 28) bytes to (n, 10) logits."""
 
     def __init__(self, seed: int = 0) -> None:
         random = nnx.Rngs(seed)
-        self.conv1 = nnx.Conv(1, 16, (5, 5), strides=2, rngs=random)
+        self.conv1 = nnx.Conv(1, 16, (5, 5), strides=2, rngs=random)  # XLA is slow at the gradient of pooling
         self.conv2 = nnx.Conv(16, 32, (5, 5), strides=2, rngs=random)
         self.dense1 = nnx.Linear(7 * 7 * 32, 64, rngs=random)
         self.dense2 = nnx.Linear(64, CLASSES, rngs=random)
@@ -59,16 +50,9 @@ class Net(nnx.Module):
 
 
 def train(
-    net: Net,
-    data: Data,
-    *,
-    epochs: int = 3,
-    lr: float = 0.03,
-    batch_size: int = 32,
-    momentum: float = 0.9,
-    seed: int = 0,
-    after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> float:
+    net: Net, data: Data, *, epochs: int = 3, lr: float = 0.03, batch_size: int = 32, momentum: float = 0.9,
+    seed: int = 0, after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> float:  # fmt: skip
     """Train `net` in place with SGD and return the mean loss per sample of the last epoch.
 
     Each epoch visits every sample once, in an order drawn from `seed + epoch` (counted from 0), so that E calls
@@ -78,9 +62,9 @@ def train(
     graph, weights = nnx.split(net)
     velocity = optax.sgd(lr, momentum).init(weights)
     for epoch in range(epochs):
-        order = np.random.default_rng(seed + epoch).permutation(len(labels))
-        losses = []
-        for rows in tqdm(list(batches(order, batch_size)), f"epoch {epoch + 1}", leave=False, disable=None):
+        order, losses = np.random.default_rng(seed + epoch).permutation(len(labels)), []
+        batches = np.split(order, range(batch_size, len(labels), batch_size))
+        for rows in tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None):
             weights, velocity, loss = train_step(graph, weights, velocity, images, labels, rows, lr, momentum)
             losses.append(loss)
         nnx.update(net, weights)
@@ -90,13 +74,10 @@ def train(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def train_step(
-    graph: Any, weights: Any, velocity: Any, images: jax.Array, labels: jax.Array, rows: jax.Array,
-    lr: float, momentum: float,
-) -> tuple[Any, Any, jax.Array]:  # fmt: skip
+def train_step(graph, weights, velocity, images, labels, rows, lr, momentum):
     """Return the weights and the velocity after a step on the samples in `rows`, and the sum of their losses."""
 
-    def mean_loss(weights: Any) -> jax.Array:
+    def mean_loss(weights):
         logits = nnx.merge(graph, weights)(images[rows])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
 
@@ -108,120 +89,73 @@ def train_step(
 def test(net: Net, data: Data, *, batch_size: int = 500) -> tuple[float, float]:
     """Return the mean loss per sample and the accuracy in 0..1 of `net` on `data`."""
     images, labels = map(jnp.asarray, data)
-    sums = [test_step(*nnx.split(net), images, labels, rows) for rows in batches(np.arange(len(labels)), batch_size)]
-    loss, correct = np.sum(sums, axis=0, dtype=float) / len(labels)
-    return float(loss), float(correct)
+    batches = np.split(np.arange(len(labels)), range(batch_size, len(labels), batch_size))
+    loss, correct = np.sum([test_step(*nnx.split(net), images, labels, rows) for rows in batches], axis=0, dtype=float)
+    return float(loss) / len(labels), float(correct) / len(labels)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def test_step(
-    graph: Any, weights: Any, images: jax.Array, labels: jax.Array, rows: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def test_step(graph, weights, images, labels, rows):
     """Return the sum of the losses of the samples in `rows`, and how many of them are classified correctly."""
     logits = nnx.merge(graph, weights)(images[rows])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
     return losses.sum(), (logits.argmax(1) == labels[rows]).sum()
 
 
-def batches(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
-    return (rows[i : i + size] for i in range(0, len(rows), size))
-
-
 def save(net: Net, path: Path) -> None:
-    """Write the weights as an .npz file of arrays called `conv1.kernel` and so on."""
-    np.savez(path, **{".".join(key): weight[...] for key, weight in nnx.to_flat_state(nnx.state(net))})
+    """Write the weights as arrays called `conv1.kernel` and so on, to an .npz file that is never seen half written."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        arrays = {".".join(key): weight[...] for key, weight in nnx.to_flat_state(nnx.state(net))}
+        np.savez(Path(folder, path.name), **arrays)
+        Path(folder, path.name).replace(path)
 
 
 def load(path: Path | str) -> Net:
     """Return a net with the weights that `save` wrote."""
-    net = Net()
-    with np.load(path) as saved:
-        flat = [(key, weight.replace(jnp.asarray(saved[".".join(key)])))
-                for key, weight in nnx.to_flat_state(nnx.state(net))]  # fmt: skip
-    nnx.update(net, nnx.from_flat_state(flat))
+    net, arrays = Net(), np.load(path)
+    nnx.update(net, nnx.from_flat_state([(tuple(name.split(".")), jnp.asarray(arrays[name])) for name in arrays]))
     return net
 
 
 def load_data(root: str | None = None) -> tuple[Data, Data]:
-    """Return `(x_train, y_train), (x_test, y_test)` from the place that `find_data(root)` names."""
+    """Return `(x_train, y_train), (x_test, y_test)`. Raises ValueError if the file is damaged."""
     source = find_data(root)
     if source == EMBEDDED:
         return embedded_data(6_000, seed=1), embedded_data(1_000, seed=2)
-    read = read_npz if source.endswith(".npz") else read_idx
     try:
-        return checked(*read(Path(source), "train")), checked(*read(Path(source), "test"))
-    except Exception as error:  # a damaged file shows itself in many ways
-        raise ValueError(f"no usable MNIST in {source}: {error}; remove or mend it") from None
+        with np.load(source) as arrays:
+            data = [(arrays[f"x_{split}"], arrays[f"y_{split}"].astype(np.int64)) for split in ("train", "test")]
+        for x, y in data:
+            if x.dtype != np.uint8 or x.shape != (*y.shape, 28, 28) or not 0 <= y.min() <= y.max() < CLASSES:
+                raise ValueError(f"it needs n images of 28×28 bytes and n labels from 0 to {CLASSES - 1}")
+        return tuple(data)
+    except Exception as error:  # a damaged file can raise many kinds
+        raise ValueError(f"{source} is damaged or not MNIST: {error}") from None
 
 
 def find_data(root: str | None = None) -> str:
-    """Say where the data are: in `root`, in the usual place (MNIST is downloaded if need be), or embedded here.
-
-    Data that were named are never replaced: raises ValueError if `root` holds neither mnist.npz nor the four IDX files.
-    """
-    place = Path(root or DATA_DIR).expanduser().absolute()
+    """Return the path of mnist.npz, or EMBEDDED if there is none. Raises ValueError if `root` has none."""
     if root == EMBEDDED:
         return EMBEDDED
-    if place.suffix == ".npz" and place.is_file():
-        return str(place)
-    if (place / "mnist.npz").is_file():
-        return str(place / "mnist.npz")
-    if list(place.glob("train-images*")):
-        return str(place)
+    path = Path(root or DATA_DIR).expanduser().absolute()
+    path = path if path.suffix == ".npz" else path / "mnist.npz"
+    if path.is_file():
+        return str(path)
     if root:
-        raise ValueError(f"{place} is not MNIST: name mnist.npz, or a folder with it or with "
-                         "train-images-idx3-ubyte.gz and the three other files")  # fmt: skip
+        raise ValueError(f"data file {path} does not exist")
     try:
         import pooch
 
-        return str(pooch.retrieve(URL, SHA256, fname="mnist.npz", path=DATA_DIR))
-    except Exception as error:  # no network shows itself in many ways, and each has the same remedy
-        print(
-            f"WARNING: {DATA_DIR} has no MNIST, and it cannot be downloaded ({type(error).__name__}). Using a small\n"
-            "WARNING: EMBEDDED data set instead: its accuracies say nothing about MNIST. Name yours with --data.",
-            file=sys.stderr,
-        )
+        return str(pooch.retrieve(URL, SHA256, fname=path.name, path=DATA_DIR))
+    except Exception as error:  # without a network, many kinds are possible
+        print(f"WARNING: {DATA_DIR} has no MNIST, and it cannot be downloaded ({type(error).__name__}).\n"
+              "WARNING: Using a small EMBEDDED data set, not MNIST. To train on your own file, use --data.",
+              file=sys.stderr)  # fmt: skip
     return EMBEDDED
 
 
-def read_npz(path: Path, split: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return images and labels of a split from a file in the layout of Keras's mnist.npz."""
-    with np.load(path) as saved:
-        return saved[f"x_{split}"], saved[f"y_{split}"]
-
-
-def read_idx(folder: Path, split: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return images and labels of a split from a folder with the four original files, gzipped or not."""
-    prefix = {"train": "train", "test": "t10k"}[split]
-    return idx(folder, f"{prefix}-images"), idx(folder, f"{prefix}-labels")
-
-
-def idx(folder: Path, name: str) -> NDArray[np.uint8]:
-    """Return the array in an IDX file: 0, 0, 8 for bytes, the number of dimensions, each of them, and the bytes."""
-    path = min(folder.glob(f"{name}*"), default=folder / name)  # -idx3-ubyte or .idx3-ubyte, and .gz
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if content[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of bytes")
-    shape = np.frombuffer(content, ">u4", count=content[3], offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
-
-
-def checked(images: NDArray[Any], labels: NDArray[Any]) -> Data:
-    """Return one split. Raises ValueError unless it is n images of 28×28 bytes, and n labels below 10."""
-    if images.dtype != np.uint8 or images.shape != (len(labels), 28, 28) or not len(labels):
-        raise ValueError(f"images are {images.dtype} of shape {images.shape}, with {len(labels)} labels; "
-                         "needed are n images of 28×28 bytes and n labels")  # fmt: skip
-    if (
-        labels.shape != (len(labels),)
-        or labels.dtype.kind not in "iu"
-        or not 0 <= labels.min() <= labels.max() < CLASSES
-    ):
-        raise ValueError(f"labels should be whole numbers from 0 to {CLASSES - 1}")
-    return images, labels.astype(np.int64)
-
-
 def embedded_data(samples: int, seed: int) -> Data:
-    """Generate images of ten coarse patterns, each a few pixels off its place and covered with noise."""
+    """Generate noisy images of ten coarse patterns, each shifted by up to four pixels."""
     patterns = np.random.default_rng(0).integers(0, 60, (CLASSES, 7, 7), np.uint8).repeat(4, 1).repeat(4, 2)
     moved = np.stack([np.roll(patterns, (i // 9 - 4, i % 9 - 4), (1, 2)) for i in range(81)], axis=1)
     random = np.random.default_rng(seed)
@@ -232,7 +166,7 @@ def embedded_data(samples: int, seed: int) -> Data:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--data", metavar="PATH", help="mnist.npz, or a folder with the four IDX files")
+    parser.add_argument("--data", metavar="PATH", help="mnist.npz, or the folder that has it")
     parser.add_argument("--epochs", type=int, default=3, metavar="N")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N")
     parser.add_argument("--lr", type=float, default=0.03, metavar="F", help="learning rate")
@@ -265,14 +199,10 @@ def run(args: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         test_loss, accuracy = test(net, test_data)
         print(f"{epoch:5}  {train_loss:10.4f}  {test_loss:9.4f}  {accuracy:8.4f}  {seconds:7.1f}", flush=True)
-        with tempfile.TemporaryDirectory(dir=args.out) as folder:  # so that model.npz is never seen half written
-            save(net, Path(folder, "model.npz"))
-            Path(folder, "model.npz").replace(args.out / "model.npz")
+        save(net, args.out / "model.npz")
 
-    train(
-        net, train_data, epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed,
-        after_epoch=after_epoch,
-    )  # fmt: skip
+    options = {name: getattr(args, name) for name in ("epochs", "lr", "batch_size", "seed")}
+    train(net, train_data, **options, after_epoch=after_epoch)
     print(f"saved {args.out / 'model.npz'}")
 
 

@@ -1,4 +1,4 @@
-"""The state of a run after its last complete rounds, so that it can go on after a crash: checkpoint-ROUND.npz."""
+"""Checkpoints, from which a run continues after a crash: its state after a round, in checkpoint-ROUND.npz."""
 
 import io
 import json
@@ -13,15 +13,15 @@ from federation.app.console import one_line
 from federation.app.run_folder import write_atomically
 from federation.app.weights import encoded
 
-# Keys that no round that has been depends on
-RESUMABLE_KEYS = {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries"}
-Records = dict[str, ArrayRecord]  # "arrays": the global model; by other names, what a strategy carries along
+# Keys that may change when a run is resumed: no completed round depends on them
+RESUMABLE_KEYS = {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries", "patience"}
+Records = dict[str, ArrayRecord]  # "arrays": the global model; other names: the state of a strategy
 
 
 def save_checkpoint(metrics: dict[str, Any], records: Records, folder: Path) -> None:
-    """Write metrics, global model and the strategy's state to one file, so that they always fit together.
+    """Write the metrics, the global model and the strategy's state to one file, so that they are always consistent.
 
-    The checkpoint of the round before is kept, in case that the new one is damaged; all others are removed.
+    The checkpoint of the previous round is kept in case the new one is damaged; all others are removed.
     """
     dtypes = {key: {name: array.dtype for name, array in record.items()} for key, record in records.items()}
     values = [array.numpy() for record in records.values() for array in record.values()]
@@ -33,14 +33,14 @@ def save_checkpoint(metrics: dict[str, Any], records: Records, folder: Path) -> 
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], Records]:
-    """Return the metrics and the records of the last round. Raises ValueError where they are missing or damaged."""
+    """Return the metrics and the records of the last round. Raises ValueError if they are missing or damaged."""
     paths = checkpoints(folder)
     if not paths:
-        raise ValueError(f"there is nothing to resume in {folder}: it holds no checkpoint; start without --resume")
+        raise ValueError(f"cannot resume {folder}: it has no checkpoint; start without --resume")
     try:
         return _read(paths[-1])
-    except Exception as error:  # a damaged archive shows itself in many ways
-        remedy = f"--resume goes on from {paths[-2].name}" if paths[1:] else "start without --resume"
+    except Exception as error:  # a damaged file can raise many kinds
+        remedy = f"--resume will continue from {paths[-2].name}" if paths[1:] else "start without --resume"
         raise ValueError(f"checkpoint {paths[-1]} is damaged ({one_line(error)}); remove it, and {remedy}") from None
 
 
@@ -59,24 +59,24 @@ def _read(path: Path) -> tuple[dict[str, Any], Records]:
     for (key, name, dtype), array in zip(dtypes, arrays, strict=True):
         records[key][name] = encoded(array.astype(dtype))
     if "arrays" not in records:
-        raise ValueError("it holds no model")
+        raise ValueError("it has no model")
     return header["metrics"], records
 
 
 def resumed(overrides: Settings) -> RunConfig:
-    """Return the config of the run in the run folder; `overrides` need to repeat none of it, and may not change it.
+    """Return the config of the run in the run folder, with `overrides`.
 
-    Raises ValueError where there is no such run, or for another value of a key that its rounds depended on.
+    Raises ValueError if there is no such run, or if an override changes a key that its rounds depended on.
     """
     out = validate(overrides).out
     begun = load_checkpoint(Path(out).expanduser())[0]["config"]
     config = validate(begun | overrides | {"out": out})
-    check_same(begun | {"data": config.data}, config, Path(out))  # paths are compared once they are absolute
+    check_same(begun | {"data": config.data}, config, Path(out))  # only compared once it is an absolute path
     return config
 
 
 def check_same(begun: Settings, config: RunConfig, folder: Path) -> None:
-    """Raise ValueError if a run that was begun with one config would be resumed with another."""
+    """Raise ValueError if a run that was started with one config would be resumed with another."""
     for key, value in config.values().items():
         if key not in RESUMABLE_KEYS and begun.get(key) != value:
             raise ValueError(f"cannot resume {folder} with {key}={value!r}: it was begun with {begun.get(key)!r}")

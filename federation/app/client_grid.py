@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from federation.app import bundle, packing, partition, weights
+from federation.app import bundle, metrics, packing, partition, weights
 from federation.app.agreement import disagreement
 from federation.app.console import emit_event, one_line, print_to_user
 from federation.app.roster import POLL, Client, Roster, from_nobody
@@ -29,7 +29,6 @@ from federation.app.strategy import check_reply
 PRESENCE = 2.0  # seconds between two looks at who is still there
 BUNDLED = 32 * 2**20  # bytes of models in a bundle, unless a single one has more: each is in memory several times
 MOST_LISTED = 10  # clients with the same reason
-SIDES = "clients", "server"
 DOING = {MessageType.TRAIN: "training", MessageType.EVALUATE: "testing"}
 
 
@@ -69,6 +68,14 @@ class Exchange:
     def reject(self, question: Message, why: str, failed: bool = False) -> None:
         self.failed = self.failed or why * failed
         self.rejected.setdefault(why, []).append(question.metadata.dst_node_id)
+
+    def reject_minority(self) -> None:
+        """Reject the replies that report other metrics than most others."""
+        for reply in metrics.minority(sorted(self.good, key=lambda reply: reply.metadata.src_node_id)):
+            self.good.remove(reply)
+            named = ", ".join(sorted(reply.content.metric_records["metrics"]))
+            why = f"it reports other metrics than most clients: {named:.200}"
+            self.rejected.setdefault(why, []).append(reply.metadata.src_node_id)
 
     def show_progress(self) -> None:
         """Tell the terminal, where that has changed, how many clients have replied."""
@@ -165,7 +172,7 @@ class ClientGrid(Grid):
 
     def _mask(self, split: str, rows: partition.Rows) -> NDArray[np.uint8]:
         """Return a bit for each sample of a split: small enough for every message, so that no client need remember."""
-        chosen = np.zeros(len(self.roster.labels[split == "test"]), bool)
+        chosen = np.zeros(self.roster.counts[split], bool)
         chosen[rows] = True
         return np.packbits(chosen)
 
@@ -207,6 +214,7 @@ class ClientGrid(Grid):
             if time.monotonic() > deadline:
                 self._reject_late(exchange, timeout)
             time.sleep(POLL if exchange.pending else 0)
+        exchange.reject_minority()
         self._report_rejected(exchange)
         return exchange
 
@@ -303,10 +311,11 @@ class ClientGrid(Grid):
     def check_agreement(self, replies: list[Message], results: dict[str, Any]) -> None:
         """Print a warning if clients whose test samples are all of the server's find something else than it does."""
         clients = [self.roster.clients[reply.metadata.src_node_id] for reply in replies]
-        samples = len(self.roster.labels[1])
-        if sum(client.samples["test"] for client in clients if client.rows) == samples:
-            theirs, ours = ({name: results[f"{side}_{name}"] for name in ("loss", "accuracy")} for side in SIDES)
-            print_to_user(disagreement(theirs, ours, samples))
+        samples = 0 if self.config.validation_fraction else self.roster.counts["test"]
+        if samples and sum(client.samples["test"] for client in clients if client.rows) == samples:
+            print_to_user(
+                disagreement(metrics.of_side("clients", results), metrics.of_side("server", results), samples)
+            )
 
 
 def _unwrap(reply: Message, batch: Batch) -> list[Message]:

@@ -1,13 +1,14 @@
 """The run config: its defaults in pyproject.toml, its syntax, and the values that it takes."""
 
 import functools
+import json
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from federation.app.layout import SCRIPTS
 
@@ -49,12 +50,28 @@ class RunConfig(BaseModel):
     round_timeout: Count
     min_clients: Clients
     retries: Annotated[int, Field(ge=0, le=1000)]
-    partitioner: Literal["iid", "dirichlet", "pathological", "shards", "size-skewed"]
+    partitioner: Literal[
+        "iid", "dirichlet", "inner-dirichlet", "pathological", "shards", "size-skewed", "linear", "square",
+        "exponential", "by-column", "grouped-natural-id",
+    ]  # fmt: skip
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)]
     min_partition_size: Count
     labels_per_client: Count
     shards_per_client: Count
+    group_size: Count
+    train_arguments: str
+    initial: str
+    server_evaluation: bool
+    best_metric: Annotated[str, Field(pattern=r"^(server|clients|train)_[A-Za-z][\w.@%/-]*(:min|:max)?$")]
+    patience: Annotated[int, Field(ge=0, le=10**9)]
+    validation_fraction: Annotated[float, Field(ge=0, le=0.9)]
     resume: bool
+
+    @field_validator("train_arguments")
+    @classmethod
+    def _in_order(cls, text: str) -> str:
+        """Return the arguments in the order of their names, so that the order in which they are given is no setting."""
+        return " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(parse(text).items()))
 
     @model_validator(mode="after")
     def _check_clients(self) -> Self:
@@ -62,14 +79,26 @@ class RunConfig(BaseModel):
             raise ValueError(f"min-clients={self.min_clients} is more than num-clients={self.num_clients}")
         return self
 
+    @property
+    def bare(self) -> bool:
+        """Whether the server needs no framework and no data: it begins with saved weights and tests no model."""
+        return self.initial.endswith(".npz") and not self.server_evaluation
+
+    @property
+    def best_key(self) -> str:
+        """The metric by which the best model is kept: the loss that there is, unless another one is chosen."""
+        if self.best_metric != "server_loss" or self.server_evaluation:
+            return self.best_metric
+        return "clients_loss" if self.fraction_evaluate else "train_loss"
+
     def values(self) -> Settings:
         """Return all values by their keys, as in pyproject.toml."""
         return self.model_dump(by_alias=True)
 
-    def train_arguments(self) -> Settings:
+    def train_settings(self) -> Settings:
         """Return what a task's train() is called with, besides net, data and seed; no `lr` leaves that to the task."""
         rate = {"lr": self.learning_rate} if self.learning_rate else {}
-        return {"epochs": self.local_epochs, "batch_size": self.batch_size, **rate}
+        return {"epochs": self.local_epochs, "batch_size": self.batch_size, **rate, **parse(self.train_arguments)}
 
     def changed(self, **values: Any) -> Self:
         """Return a copy with other values, which are not checked."""
@@ -123,6 +152,10 @@ def _explain(error: Any) -> str:
         return f"has no key {key!r}; its keys are: {', '.join(defaults())}"
     if error["type"] == "literal_error" and isinstance(value, str):
         return f"{key}={value!r} is none of: {', '.join(choices(key))}"
+    if error["type"] == "string_pattern_mismatch":
+        return (
+            f"{key}={value!r} is no metric: server_loss, clients_accuracy and the like, and :min or :max, are allowed"
+        )
     if error["type"] in ("greater_than_equal", "less_than_equal"):
         low, high = limits(key)
         return f"{key}={value!r} is out of range: {low:g} to {high:g} is allowed"

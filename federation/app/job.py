@@ -6,19 +6,21 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Context, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
-from federation.app import weights
+from federation.app import metrics, samples, weights
 from federation.app.config import validate
 from federation.app.console import print_to_user
 from federation.app.cores import share_cores
 from federation.app.fingerprint import difference
-from federation.app.task import build_net, client_seed, load_task, open_data
+from federation.app.partition import hold_back
+from federation.app.task import build_net, classes_of, client_seed, load_task, open_data, train_settings
 
 
 class Job:
     """A message to a client, with all that the client needs to answer it.
 
-    `task` is the module that is federated, `settings` what its train() is called with, besides the seed.
+    `task` is the module that is federated, `settings` what its train() is called with, besides net, data and seed.
     """
 
     def __init__(self, message: Message, context: Context) -> None:
@@ -28,7 +30,10 @@ class Job:
         self.task: ModuleType = load_task(self.config.task)
         records = message.content.config_records.values()
         self.order: dict[str, Any] = {key: value for record in records for key, value in record.items()}
-        self.settings = self.config.train_arguments()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return train_settings(self.task, self.config)
 
     @property
     def seed(self) -> int:
@@ -38,7 +43,8 @@ class Job:
 
     def global_model(self, seed: int) -> Any:
         """Return a net that is built from `seed`, with the weights that the message brings."""
-        net = build_net(self.task, seed)
+        classes = self.order["classes"] or classes_of(self.task, self.data()[0][0])
+        net = build_net(self.task, seed, classes)
         weights.to_net(self.message.content.array_records["arrays"], net)
         return net
 
@@ -46,30 +52,43 @@ class Job:
         """Return the whole data set, this client's own or else the one that the server names, and its fingerprint."""
         return open_data(self.task, str(self.context.node_config.get("data") or self.order["data"]))
 
-    def samples(self, split: str) -> tuple[Any, Any]:
-        """Return the x and y of this client: the rows that the server names, or all if the data are its own.
+    def sizes(self) -> dict[str, int]:
+        """Return how many samples there are to train and to test on, if all are this client's."""
+        (train, test), _ = self.data()
+        if not self.config.validation_fraction:
+            return {"train": samples.count(train), "test": samples.count(test)}
+        held = hold_back(np.arange(samples.count(train)), self.config, 0)
+        return {split: len(rows) for split, rows in held.items()}
 
-        Raises ValueError if the data have changed since the client joined.
+    def samples(self, split: str) -> Any:
+        """Return this client's samples: the rows that the server names, or all if the data are its own.
+
+        With a `validation-fraction`, those to test on are held back from its training samples. Raises ValueError if
+        the data have changed since the client joined.
         """
         self.started = time.perf_counter()
         data, found = self.data()
-        x, y = data[0] if split == "train" else data[1]
+        whole = data[0] if split == "train" or self.config.validation_fraction else data[1]
+        return samples.take(whole, self._rows(split, samples.count(whole), found))
+
+    def _rows(self, split: str, count: int, found: str) -> NDArray[Any] | None:
         if "rows" not in self.message.content:
-            return x, y
+            held = self.config.validation_fraction
+            return hold_back(np.arange(count), self.config, self.order["position"])[split] if held else None
         if changed := difference(found, self.order["fingerprint"]):
             raise ValueError(f"the data here are not the server's any more: {changed}; start the client again")
         mask = self.message.content.array_records["rows"]["mask"].numpy()
-        rows = np.flatnonzero(np.unpackbits(mask, count=len(y)))
-        return x[rows], y[rows]
+        return np.flatnonzero(np.unpackbits(mask, count=count))
 
-    def reply(self, data: tuple[Any, Any], net: Any = None, **results: float) -> Message:
-        """Return the reply: `results`, the number of samples, and the weights of `net`, if there is one."""
-        seconds, samples = time.perf_counter() - self.started, len(data[1])
-        shown = ", ".join(f"{name.removeprefix('train-')} {float(value):.4f}" for name, value in results.items())
-        did = "trained" if net is not None else "tested"
-        print_to_user(f"round {self.order['server-round']}: {did} on {samples:,} samples, {shown}, {seconds:.1f} s")
-        numbers = {name: float(value) for name, value in results.items()}
-        content = RecordDict({"metrics": MetricRecord({"num-examples": samples, **numbers, "seconds": seconds})})
+    def reply(self, data: Any, returned: Any, net: Any = None) -> Message:
+        """Return the reply: what train() or test() has returned, how many samples, and the weights of `net`, if any."""
+        function, did, prefix = ("test", "tested", "") if net is None else ("train", "trained", "train-")
+        seconds, count = time.perf_counter() - self.started, samples.count(data)
+        numbers = metrics.named(function, returned)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        print_to_user(f"round {self.order['server-round']}: {did} on {count:,} samples, {shown}, {seconds:.1f} s")
+        named = {f"{prefix}{name}": value for name, value in numbers.items()}
+        content = RecordDict({"metrics": MetricRecord({"num-examples": count, **named, "seconds": seconds})})
         if net is not None:
             content["arrays"] = weights.from_net(net)
         return Message(content, reply_to=self.message)

@@ -13,10 +13,11 @@ from federation.app.sources import digests
 def join(message: Message, context: Context) -> Message:
     """Tell the server who this is, which partition it wants (-1: any), and whether its data are a copy."""
     job, node = Job(message, context), context.node_config
-    data, found = job.data()
+    _, found = job.data()
     own = "it was started with --own-data" if node.get("own-data") else difference(found, job.order["fingerprint"])
     whose = f"of its own: {own}" if own else "at hand, a copy of the server's"
-    print_to_user(f"joining with {len(data[0][1]):,} training and {len(data[1][1]):,} test samples {whose}")
+    sizes = job.sizes()
+    print_to_user(f"joining with {sizes['train']:,} training and {sizes['test']:,} test samples {whose}")
     facts = {
         "name": node.get("name", ""),
         "partition-id": node.get("partition-id", -1),
@@ -26,8 +27,8 @@ def join(message: Message, context: Context) -> Message:
         "flwr": version("flwr"),
         "files": digests(job.order["files"]),
         "own-data": own,
-        "train-samples": len(data[0][1]),
-        "test-samples": len(data[1][1]),
+        "train-samples": sizes["train"],
+        "test-samples": sizes["test"],
     }
     return Message(RecordDict({"client": ConfigRecord({**facts})}), reply_to=message)
 

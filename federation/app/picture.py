@@ -1,26 +1,29 @@
-"""Plots of a run: its curves, and who holds which samples."""
+"""Plots of a run: its curves, and the samples of each client."""
 
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # tell apart by the colour-blind (Okabe and Ito 2008)
-WHOLE = {"integer": True, "min_n_ticks": 1}  # where to put ticks: rounds, clients and classes have no fractions
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # colour-blind people can distinguish these (Okabe and Ito 2008)
+MOST_AXES = 6
+WHOLE = {"integer": True, "min_n_ticks": 1}  # settings of ticks on axes of rounds, clients and classes
 
 
 def curves(metrics: dict[str, Any], path: Path) -> None:
-    """Draw accuracy and loss per round."""
+    """Draw the loss and each other metric per round, with the range between the lowest and the highest client."""
     rounds = metrics["rounds"]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    accuracy, loss = figure.subplots(1, 2)
-    _curve(accuracy, rounds, "server_accuracy", "server, whole test set", "-o", BLUE)
-    _curve(accuracy, rounds, "clients_accuracy", "clients, weighted mean", "x", ORANGE)
-    _curve(loss, rounds, "server_loss", "server, whole test set", "-o", BLUE)
-    _curve(loss, rounds, "clients_loss", "clients, weighted mean", "x", ORANGE)
-    _curve(loss, rounds, "train_loss", "clients, training", "--s", GREEN)
-    for axes, what in ((accuracy, "accuracy"), (loss, "mean loss per sample")):
-        axes.set(xlabel="round", ylabel=what)
+    sides = ("server_", "clients_", "train_")
+    keys = [key.removeprefix(side) for row in rounds for key in row for side in sides if key.startswith(side)]
+    own = [name for name in dict.fromkeys(keys) if name != "loss"]
+    names = [*own[: MOST_AXES - 1], "loss"]
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        _spread(axes, rounds, name)
+        _curve(axes, rounds, f"server_{name}", "server, whole test set", "-o", BLUE)
+        _curve(axes, rounds, f"clients_{name}", "clients, weighted mean", "x", ORANGE)
+        _curve(axes, rounds, f"train_{name}", "clients, training", "--s", GREEN)
+        axes.set(xlabel="round", ylabel="mean loss per sample" if name == "loss" else name)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(**WHOLE)
@@ -30,13 +33,21 @@ def curves(metrics: dict[str, Any], path: Path) -> None:
 
 
 def _curve(axes: Any, rounds: list[dict[str, Any]], key: str, label: str, style: str, colour: str) -> None:
-    points = [(row["round"], row[key]) for row in rounds if row[key] is not None]
-    size = max(3, min(8, 160 / len(rounds)))  # of many rounds, the marks would hide one another
+    points = [(row["round"], row[key]) for row in rounds if row.get(key) is not None]
+    size = max(3, min(8, 160 / len(rounds)))  # the markers of many rounds would overlap
     axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=size) if points else None
 
 
+def _spread(axes: Any, rounds: list[dict[str, Any]], name: str) -> None:
+    """Shade what lies between the lowest and the highest value of a client."""
+    found = [(row["round"], (row.get("tested") or {}).get(name) or []) for row in rounds]
+    bands = [(number, min(values), max(values)) for number, values in found if len(values) > 1]
+    if bands:
+        axes.fill_between(*zip(*bands, strict=True), color=ORANGE, alpha=0.15, label="clients, lowest to highest")
+
+
 def partitions(metrics: dict[str, Any], path: Path) -> None:
-    """Draw the numbers of training samples, classes × clients, and next to them each client's total."""
+    """Draw the number of training samples of each class and client, and above it the total of each client."""
     held = metrics["partitions"]["train"]
     clients, classes = len(held), len(held[0])
     width, height = min(24, 4 + 0.55 * clients), 0.5 + 0.3 * min(classes, 60)  # of the cells, in inches

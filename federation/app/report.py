@@ -14,43 +14,38 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord
 
-from federation.app import weights
+from federation.app import metrics, samples, weights
 from federation.app.checkpoint import Records, check_same, checkpoints, load_checkpoint, save_checkpoint
 from federation.app.config import RunConfig
 from federation.app.console import MARK, one_line, print_to_user
 from federation.app.partition import Rows
 from federation.app.run_folder import lock_run_folder, write_atomically
 
-COLUMNS = {  # heading: key in metrics.json, and how it is shown
-    "round": ("round", "5d"),
-    "train loss": ("train_loss", "10.4f"),
-    "clients' loss": ("clients_loss", "13.4f"),
-    "accuracy": ("clients_accuracy", "8.4f"),
-    "server's loss": ("server_loss", "13.4f"),
-    " accuracy": ("server_accuracy", "9.4f"),
-    "clients": ("clients", "7d"),
-    "seconds": ("seconds", "7.1f"),
-    "waiting": ("waiting_seconds", "7.1f"),
-}
+MOST_SHOWN = 2  # metrics besides the loss
 MOST_CLASSES = 1000  # with more of them, labels are taken for something else
-KEYS = [key for key, _ in COLUMNS.values()] + ["samples", "client_seconds", "dropped", "bytes_down", "bytes_up"]
+KEYS = (
+    "round", "train_loss", "clients_loss", "server_loss", "clients", "seconds", "waiting_seconds", "samples",
+    "client_seconds", "dropped", "bytes_down", "bytes_up", "trained", "tested", "fairness",
+)  # fmt: skip
 
 
 class Report:
     """The run folder. It is written anew, atomically, after every round, so that it can be watched, and resumed."""
 
-    def __init__(self, config: RunConfig, root: str, data: Any) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, model: Any) -> None:
+        self.config, self.model = config, model
         self.folder = Path.home() / config.out
         self.started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock_run_folder(self.folder) if MARK not in os.environ else None  # else the launcher's
+        self.header = ""  # of the table, as it was printed last
         self.arrays: ArrayRecord | None = None  # the global model after the last round that is complete
         self.state: Records = {}  # and what the strategy carries along
-        (x_train, _), (x_test, _) = data
+        root = model.root
+        train, test = map(samples.count, model.data) if model.data else (0, 0)
         self.metrics: dict[str, Any] = {
             "task": config.task,
-            "dataset": {"name": root or config.task, "train": len(x_train), "test": len(x_test)},
+            "dataset": {"name": root or config.task, "train": train, "test": test},
             "seed": config.seed,
             "config": config.values(),
             "versions": {"python": sys.version.split()[0], "flwr": version("flwr")} | _frameworks(),
@@ -58,13 +53,14 @@ class Report:
             "status": "running",
             "partitions": {},
             "clients": {},  # which client, by key, has or had which partition
+            "best": None,  # the round with the best model, by `best-metric`
             "rounds": [],
         }
         if config.resume:
             self._resume()
         self._write()
         where = root or "its own data"
-        print_to_user(f"{config.task} on {where}: {len(x_train):,} training and {len(x_test):,} test samples")
+        print_to_user(f"{config.task} on {where}: {train:,} training and {test:,} test samples")
 
     def _resume(self) -> None:
         saved, records = load_checkpoint(self.folder)
@@ -72,8 +68,10 @@ class Report:
         if saved["dataset"] != self.metrics["dataset"]:
             raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
         self.arrays, self.state = records.pop("arrays"), records
-        self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions")}
+        self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions", "best")}
         print_to_user(f"resuming after round {saved['rounds'][-1]['round']}")
+        if self.metrics["best"] and self.metrics["best"]["round"] == saved["rounds"][-1]["round"]:
+            self._save_model("best_model")  # the end may have come before that
 
     @property
     def places(self) -> dict[str, int]:
@@ -85,8 +83,18 @@ class Report:
         """How many partitions the data have been split into; 0 before that."""
         return len(self.metrics["partitions"].get("train", ()))
 
-    def remaining_rounds(self) -> range:
-        return range(self.next_round, self.config.num_server_rounds + 1)
+    def remaining_rounds(self) -> Iterator[int]:
+        """Yield the number of each round that is still to be played. With `patience`, the last may come early."""
+        while self.next_round <= self.config.num_server_rounds and not self._is_out_of_patience():
+            yield self.next_round
+
+    def _is_out_of_patience(self) -> bool:
+        best, patience = self.metrics["best"], self.config.patience
+        if not patience or best is None or self.next_round - 1 - best["round"] < patience:
+            return False
+        print_to_user(f"ended after round {self.next_round - 1}: {best['metric']} has not improved since round "
+                      f"{best['round']} (patience={patience})")  # fmt: skip
+        return True
 
     @property
     def next_round(self) -> int:
@@ -95,8 +103,9 @@ class Report:
 
     def partitions(self, parts: dict[str, list[Rows]], data: Any) -> None:
         """Note how many samples of each class each client holds."""
-        for (split, held), (_, labels) in zip(parts.items(), data, strict=False):
-            self.metrics["partitions"][split] = count(labels, held)
+        whole = (data[0], data[0 if self.config.validation_fraction else 1]) if data else ()
+        for (split, held), source in zip(parts.items(), whole, strict=False):
+            self.metrics["partitions"][split] = count(samples.labels(source, one_pass=False), held)
         if parts:
             self._write()
 
@@ -107,26 +116,64 @@ class Report:
         """
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         seconds -= numbers.get("waiting_seconds", 0.0)
-        row = dict.fromkeys(KEYS) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
-        if not self.metrics["rounds"]:
-            print_to_user("  ".join(COLUMNS))
+        row = self._empty_row(numbers) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
         self.metrics["rounds"].append(row)
         self.metrics["clients"] = dict(places)
         self.arrays = arrays
+        is_best = self._note_best(row)
         with self._saving("a checkpoint"):
             save_checkpoint(self.metrics, {"arrays": arrays, **state}, self.folder)
+        if is_best:
+            self._save_model("best_model")
         self._write()
-        print_to_user("  ".join(_cell(row[key], form) for key, form in COLUMNS.values()))
+        self._show(row)
 
-    def finish(self, net: Any) -> None:
+    def _note_best(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether the model of a round is the best so far, and note it. Raises ValueError."""
+        key, _, order = self.config.best_key.partition(":")
+        value, best = row.get(key), self.metrics["best"]
+        if row["round"] and value is None and self.config.best_metric != "server_loss":
+            known = [f"{side}_{name}" for side in ("server", "clients", "train") for name in metrics.of_side(side, row)]
+            raise ValueError(f"best-metric={key}: a round has only {', '.join(known)}")
+        sign = -1 if order == "max" or (not order and not key.endswith("_loss")) else 1
+        is_best = value is not None and (best is None or sign * value < sign * best["value"])
+        if is_best:
+            self.metrics["best"] = {"round": row["round"], "metric": key, "value": value}
+        return is_best
+
+    def _save_model(self, name: str) -> str:
+        assert self.arrays is not None
+        self._save(f"{name}{self.model.suffix}", partial(self.model.save, self.arrays))
+        return f"{name}{self.model.suffix}"
+
+    def _empty_row(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a row in which each metric that is known is None."""
+        own = [f"{side}_{name}" for name in self._own_metrics(numbers) for side in ("clients", "server")]
+        return dict.fromkeys([*KEYS, *own])
+
+    def _own_metrics(self, numbers: Mapping[str, Any]) -> list[str]:
+        """Return the metrics besides the loss that test() has returned, here or at clients."""
+        found = {**metrics.of_side("server", numbers), **metrics.of_side("clients", numbers)}
+        before = metrics.of_side("server", self.metrics["rounds"][-1]) if self.metrics["rounds"] else {}
+        return [name for name in (found or before) if name != "loss"]
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        """Print a row of the table, and its header if there is another one than before."""
+        columns = _columns(self._own_metrics(row)[:MOST_SHOWN])
+        header = "  ".join(heading for heading, _, _ in columns)
+        if header != self.header:
+            print_to_user(header)
+        self.header = header
+        print_to_user("  ".join(_cell(row[key], len(heading), form) for heading, key, form in columns))
+
+    def finish(self) -> None:
         """Save the final model."""
         assert self.arrays is not None
-        weights.to_net(self.arrays, net)
-        framework = weights.framework(net)
-        model = f"final_model{framework.suffix}"
-        self._save(model, lambda path: framework.save(net, path))
+        model = self._save_model("final_model")
         self.metrics |= {"final_weights_sha256": weights.sha256(self.arrays), "status": "finished"}
         self._write()
+        if self.metrics["rounds"][-1]["fairness"]:
+            print_to_user(_extremes(self.metrics["rounds"][-1]))
         print_to_user(f"saved {model} and metrics.json in {self.folder}")
 
     def draw(self) -> None:
@@ -168,8 +215,9 @@ class Report:
 
 def count(labels: Any, held: list[Rows]) -> list[list[int]]:
     """Return how many samples of each class each client holds; or just their number where labels are not classes."""
-    classes, numbers = np.unique(np.asarray(labels), return_inverse=True)
-    if len(classes) > MOST_CLASSES or numbers.size != len(labels):
+    classes, numbers = np.unique([] if labels is None else np.asarray(labels), return_inverse=True)
+    whole = classes.dtype.kind != "f" or np.array_equal(classes, np.rint(classes))  # of a regression, they are not
+    if labels is None or len(classes) > MOST_CLASSES or numbers.size != len(labels) or not whole:
         return [[len(rows)] for rows in held]
     return [np.bincount(numbers.ravel()[rows], minlength=len(classes)).tolist() for rows in held]
 
@@ -179,5 +227,30 @@ def _frameworks() -> dict[str, str]:
     return {name: str(sys.modules[name].__version__).split("+")[0] for name in names if name in sys.modules}
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-".rjust(int(form.rstrip("df").split(".")[0])) if value is None else format(value, form)
+def _columns(own: list[str]) -> list[tuple[str, str, str]]:
+    """Return the headings of the table, with the key in metrics.json of each and how it is shown."""
+    own = [name.rjust(8) for name in own]
+    return [
+        ("round", "round", "d"), ("train loss", "train_loss", ".4f"), ("clients' loss", "clients_loss", ".4f"),
+        *((name, f"clients_{name.strip()}", ".4f") for name in own),
+        ("server's loss", "server_loss", ".4f"), *((f" {name}", f"server_{name.strip()}", ".4f") for name in own),
+        ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
+    ]  # fmt: skip
+
+
+def _cell(value: float | None, width: int, form: str) -> str:
+    text = "-" if value is None else format(value, form)
+    return (text if len(text) <= width or form == "d" else f"{value:.3g}").rjust(width)
+
+
+def _extremes(row: Mapping[str, Any]) -> str:
+    """Say which clients have the largest and the smallest loss, and how unequal all of them are."""
+    tested, found = row["tested"], row["fairness"]
+    shown = metrics.names(tested)[: 1 + MOST_SHOWN]
+
+    def of(client: int) -> str:
+        values = (f"{name} {tested[name][tested['client'].index(client)]:.4f}" for name in shown)
+        return f"client {client} ({', '.join(values)})"
+
+    spread = ", ".join(f"{name} {found['standard_deviation'][name]:.4f}" for name in shown)
+    return f"worst: {of(found['worst'])}; best: {of(found['best'])}; standard deviation over clients: {spread}"

@@ -10,12 +10,12 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from federation.app import partition
+from federation.app import partition, samples
 from federation.app.config import RunConfig
 from federation.app.console import one_line, print_to_user
 from federation.app.fingerprint import fingerprint
 from federation.app.sources import compared, digest
-from federation.app.task import load_task
+from federation.app.task import classes_of
 
 POLL = 0.1  # seconds between two looks for replies
 NODE_UNAVAILABLE = 5  # the code of Flower's reply in the place of a node that has gone
@@ -47,20 +47,28 @@ class Roster:
         self,
         grid: Grid,
         config: RunConfig,
-        root: str,
-        data: Any,
+        model: Any,
         places: Mapping[str, int] | None = None,
         num_partitions: int = 0,
     ) -> None:
-        """Split `data`, which are at `root`, for clients that join through `grid`.
+        """Split the data of the server's `model` for clients that join through `grid`; without any, all have their own.
 
         A run that is resumed has `num_partitions` already, and `places` says which client, by key, had which.
         """
         self.grid, self.config = grid, config
-        self.labels = data[0][1], data[1][1]
-        self.files = {name: digest(path) for name, path in compared(load_task(config.task)).items()}
+        self.data = data = model.data
+        self.counts = {"train": 0, "test": 0}
+        if data:
+            tested = data[0 if config.validation_fraction else 1]
+            self.counts = {"train": samples.count(data[0]), "test": samples.count(tested)}
+        self.files = {name: digest(path) for name, path in compared(model.task).items()}
         self.facts = ConfigRecord(  # what every message tells of the server
-            {"data": root, "fingerprint": fingerprint(data), "files": list(self.files)}
+            {
+                "data": model.root,
+                "fingerprint": fingerprint(data) if data else "",
+                "files": list(self.files),
+                "classes": classes_of(model.task, data[0]) if data else 0,
+            }
         )
         self.waited = 0.0  # seconds, for clients to join
         self.split(num_partitions or config.num_clients)
@@ -72,7 +80,7 @@ class Roster:
 
     def split(self, partitions: int) -> None:
         """Split the data, once for the run. Raises ValueError where that cannot be."""
-        self.parts = partition.split(*self.labels, partitions, self.config)
+        self.parts = partition.split_data(self.data, partitions, self.config) if self.data else {}
         self.partitions = partitions
 
     def held_partitions(self) -> dict[str, list[partition.Rows]]:
@@ -144,7 +152,7 @@ class Roster:
     def _welcome(self, joined: list[Client]) -> str:
         first, samples = joined[0], sum(client.samples["train"] for client in joined)
         who = f"client {first.position}" if len(joined) == 1 else f"{len(joined)} clients"
-        copy = f"of {len(self.labels[0]):,}, a copy of the server's data"
+        copy = f"of {self.counts['train']:,}, a copy of the server's data"
         share = copy if first.rows else f"of its own: {first.own_data}"
         return f"{who} joined{' from ' * bool(first.name)}{first.name}: {samples:,} samples {share}"
 

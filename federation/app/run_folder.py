@@ -1,4 +1,4 @@
-"""The run folder: one run at a time writes to it, and every file in it is whole."""
+"""The run folder: one run at a time writes to it, and no file in it is ever incomplete."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -9,20 +9,20 @@ import filelock
 
 
 def lock_run_folder(folder: Path) -> filelock.BaseFileLock:
-    """Take a run folder for this process, as long as it lives. Raises ValueError if another run is writing to it."""
+    """Lock a run folder for as long as this process lives. Raises ValueError if another run is writing to it."""
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise ValueError(f"another run is writing to {folder}; stop that, or choose another --out") from None
-    for unfinished in folder.glob("*.unfinished*"):  # by a run that was killed
+        raise ValueError(f"another run is writing to {folder}; stop it, or choose another --out") from None
+    for unfinished in folder.glob("*.unfinished*"):  # left behind by a run that was killed
         unfinished.unlink(missing_ok=True)
     return lock
 
 
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
-    """Own a run folder; at the end note in it that the run is not going on any more, unless it ended by itself."""
+    """Lock a run folder. A run that is still marked as running at the end is then marked as failed."""
     with lock_run_folder(folder):
         try:
             yield
@@ -38,12 +38,12 @@ def _mark_failed(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, and move it there once it is whole."""
+    """Let `write` write a file next to `path`, and move it to `path` when it is complete."""
     unfinished = path.with_name(f"{path.stem}-{os.getpid()}.unfinished{path.suffix}")
     try:
         write(unfinished)
         with unfinished.open("rb+") as written:
-            os.fsync(written.fileno())  # or a power cut might leave the new name with nothing in it
+            os.fsync(written.fileno())  # otherwise a power failure might leave an empty file
         unfinished.replace(path)
     finally:
         with suppress(OSError):

@@ -1,21 +1,20 @@
 """Flower's strategies by the run config, their state for a checkpoint, and the guard in front of them."""
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
 
+from federation.app import metrics
 from federation.app.config import RunConfig
 from federation.app.console import one_line
 from federation.app.weights import check_compatible, restore_dtypes, stored_dtype
 
-NUMBERS = {  # what a reply has to report, by the type of its question
-    MessageType.TRAIN: {"num-examples", "train-loss", "seconds"},
-    MessageType.EVALUATE: {"num-examples", "loss", "accuracy", "seconds"},
-}
+LOSS = {MessageType.TRAIN: "train-loss", MessageType.EVALUATE: "loss"}  # as a reply calls it
 STATE = ("m_t", "v_t")  # where Flower's strategies keep what they carry from round to round
+MOST_METRICS = 100  # of a client
 GROWTH = 10  # by what a client's own data may have grown since it joined
 
 
@@ -51,28 +50,25 @@ def aggregate_train(
 
     Its entries keep the dtypes that they had `before`. Raises RuntimeError where one is not finite.
     """
-    arrays, metrics = strategy.aggregate_train(server_round, replies)
-    assert arrays is not None and metrics is not None
+    arrays, averaged = strategy.aggregate_train(server_round, replies)
+    assert arrays is not None and averaged is not None
     arrays = restore_dtypes(before, arrays)
     check_finite(arrays)
-    samples = [reply.content.metric_records["metrics"]["num-examples"] for reply in replies]
-    results = {"train_loss": metrics["train-loss"], "clients": len(replies), "samples": samples}
-    return arrays, results | {"client_seconds": _slowest(replies)}
+    trained = metrics.per_client(replies, "train-")
+    results: dict[str, Any] = {f"train_{name}": averaged[f"train-{name}"] for name in metrics.names(trained)}
+    results |= {"clients": len(replies), "samples": trained["samples"], "trained": trained}
+    return arrays, results | {"client_seconds": max(trained["seconds"])}
 
 
 def aggregate_evaluate(
     strategy: Strategy, server_round: int, replies: list[Message], results: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the `results` of training, with those of the clients' evaluation added."""
-    metrics = strategy.aggregate_evaluate(server_round, replies) or MetricRecord()
-    seconds = results["client_seconds"] + _slowest(replies)
-    found = {"clients_loss": metrics.get("loss"), "clients_accuracy": metrics.get("accuracy")}
-    return results | found | {"client_seconds": seconds}
-
-
-def _slowest(replies: list[Message]) -> float:
-    """Return the seconds that the slowest client worked on its reply, from reading its data on."""
-    return max((cast(float, reply.content.metric_records["metrics"]["seconds"]) for reply in replies), default=0.0)
+    averaged = strategy.aggregate_evaluate(server_round, replies) or MetricRecord()
+    tested = metrics.per_client(replies)
+    found = {f"clients_{name}": averaged[name] for name in metrics.names(tested)}
+    seconds = results["client_seconds"] + max(tested.get("seconds", [0.0]))
+    return results | found | {"tested": tested, "fairness": metrics.fairness(tested), "client_seconds": seconds}
 
 
 def check_finite(arrays: ArrayRecord) -> None:
@@ -100,7 +96,7 @@ def _check(question: Message, reply: Message, samples: dict[str, int], exactly: 
     records = {"arrays", "metrics"} if training else {"metrics"}
     if set(reply.content) != records:
         raise ValueError(f"its reply has the records {sorted(reply.content)}, not {sorted(records)}")
-    _check_numbers(dict(reply.content.metric_records.get("metrics") or {}), NUMBERS[question.metadata.message_type])
+    _check_numbers(dict(reply.content.metric_records.get("metrics") or {}), LOSS[question.metadata.message_type])
     held = samples["train" if training else "test"]
     counted = reply.content.metric_records["metrics"]["num-examples"]
     if type(counted) is not int or not (counted == held if exactly else 0 < counted <= GROWTH * held):
@@ -109,10 +105,14 @@ def _check(question: Message, reply: Message, samples: dict[str, int], exactly: 
         _check_model(reply.content.array_records.get("arrays") or ArrayRecord(), question)
 
 
-def _check_numbers(found: dict[str, Any], expected: set[str]) -> None:
-    for name in sorted(expected ^ set(found)):
-        raise ValueError(f"it reports {'no' if name in expected else 'an unknown'} {name}")
+def _check_numbers(found: dict[str, Any], loss: str) -> None:
+    for name in sorted({*metrics.COUNTS, loss} - set(found)):
+        raise ValueError(f"it reports no {name}")
+    if len(found) > MOST_METRICS:
+        raise ValueError(f"it reports {len(found)} metrics, more than {MOST_METRICS}")
     for name, value in found.items():
+        if not metrics.NAME.fullmatch(name):
+            raise ValueError(f"it reports a metric called {name!r:.60}")
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{name} is {value}")
     if not 0 <= found.get("accuracy", 0) <= 1:

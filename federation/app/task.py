@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import random
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from federation.app import hide_tensorflow
+from federation.app import hide_tensorflow, samples
+from federation.app.config import RunConfig, parse
 from federation.app.console import FOLDER, one_line
 from federation.app.fingerprint import fingerprint
 from federation.app.layout import SCRIPTS
@@ -23,6 +25,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the argume
     "train": ("net", "data", "epochs", "lr", "batch_size", "seed"),
     "test": ("net", "data"),
 }
+NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+SETTABLE = bool | int | float | str | None  # defaults of arguments that the run config can set
 EXTRAS = {"jax": "jax", "flax": "jax", "optax": "jax", "keras": "keras", "tensorflow": "keras"}
 MAIN_ONLY = "it exits when it is imported; move what only the script itself does below: if __name__ == '__main__':"
 
@@ -76,6 +80,23 @@ def _breach(task: ModuleType, name: str, arguments: tuple[str, ...]) -> str:
     return f"has a {name}() in line {line} that takes no {', '.join(missing)}" if missing else ""
 
 
+def locate_task(name: str) -> ModuleType:
+    """Return the module of the task `name`, which is not run: only where it is becomes known.
+
+    Raises ValueError where it is not found.
+    """
+    add_task_folders()
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, ValueError):
+        spec = None
+    if spec is None or not spec.origin:
+        raise ValueError(f"task {name!r} cannot be found in {Path.cwd()}")
+    module = ModuleType(name)
+    module.__file__ = spec.origin
+    return module
+
+
 def find_data(task: ModuleType, root: str) -> str:
     """Return the place that the task would read for `root`, where the task can say so."""
     if hasattr(task, "find_data"):
@@ -84,20 +105,19 @@ def find_data(task: ModuleType, root: str) -> str:
 
 
 def read_data(task: ModuleType, root: str | None) -> Any:
-    """Return the task's `((x_train, y_train), (x_test, y_test))`. Raises ValueError where they are something else."""
+    """Return the task's training and test split (see samples.py). Raises ValueError where they are something else."""
     try:
         data = task.load_data(root or None)
     except Exception as error:  # whatever the script's own reading may come upon
         raise ValueError(f"{task.__name__}.load_data({root or None!r}) failed: {one_line(error)}") from None
     try:
-        (x_train, y_train), (x_test, y_test) = data
-        lengths = [len(part) for part in (x_train, y_train, x_test, y_test)]
-    except (TypeError, ValueError):
-        lengths = []
-    if not all(lengths) or lengths[::2] != lengths[1::2] or not lengths:
+        train, test = data
+        for split in (train, test):
+            samples.check(split)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{task.__file__}: load_data() should return (x_train, y_train), (x_test, y_test), a label "
-                         f"for each sample; their lengths are: {lengths or 'unknown'}")  # fmt: skip
-    return data
+                         f"for each sample, or two map-style data sets; here: {one_line(error)}") from None  # fmt: skip
+    return train, test
 
 
 @functools.lru_cache(maxsize=1)
@@ -107,22 +127,56 @@ def open_data(task: ModuleType, root: str) -> tuple[Any, str]:
     return data, fingerprint(data)
 
 
-def build_net(task: ModuleType, seed: int) -> Any:
-    """Build the model from `seed`: given to Net if it takes one, and to each random generator that is loaded."""
+def build_net(task: ModuleType, seed: int, classes: int = 0) -> Any:
+    """Build the model from `seed`: given to Net if it takes one, and to each random generator that is loaded.
+
+    A Net that takes `classes` is given how many there are, where that is known.
+    """
     if keras := sys.modules.get("keras"):
         # Or the names of weights would count on, and memory grow: but a full collection takes its time
         keras.utils.clear_session(free_memory=any(value is keras for value in vars(task).values()))
     seed_generators(seed)
     try:
-        return task.Net(seed=seed) if _takes_seed(task.Net) else task.Net()
+        given = {"seed": seed} | ({"classes": classes} if classes else {})
+        return task.Net(**{name: value for name, value in given.items() if _takes(task.Net, name)})
     except Exception as error:
         raise ValueError(f"{task.__name__}.Net() failed: {one_line(error)}") from None
 
 
 @functools.cache
-def _takes_seed(net: Any) -> bool:
-    """Tell whether Net takes a seed: as a function, or as a class, whose metaclass may hide what __init__ takes."""
-    return any("seed" in inspect.signature(function).parameters for function in (net, net.__init__))
+def _takes(net: Any, name: str) -> bool:
+    """Tell whether Net takes an argument: as a function or a class. A metaclass may hide what __init__ takes."""
+    return any(name in inspect.signature(function).parameters for function in (net, net.__init__))
+
+
+def classes_of(task: ModuleType, train: Any) -> int:
+    """Return the number of classes in a training split, 0 where Net does not ask for it."""
+    return samples.num_classes(train) if _takes(task.Net, "classes") else 0
+
+
+def train_settings(task: ModuleType, config: RunConfig) -> dict[str, Any]:
+    """Return what train() is called with, besides net, data and seed.
+
+    Raises ValueError where the run config's train-arguments are unknown to it, or of another type than its defaults.
+    """
+    parameters = {name: one for name, one in inspect.signature(task.train).parameters.items() if one.kind in NAMED}
+    settable = {name: one.default for name, one in parameters.items() if name not in CONTRACT["train"]}
+    settable = {name: default for name, default in settable.items() if isinstance(default, SETTABLE)}
+    given = parse(config.train_arguments)
+    for name, value in given.items():
+        if name not in settable:
+            known = ", ".join(settable) or "none"
+            raise ValueError(f"train-arguments: {task.__name__}.train() takes no {name}; what can be set: {known}")
+        if not _is_like(value, settable[name]):
+            kind = type(settable[name]).__name__
+            raise ValueError(f"train-arguments: {name}={value!r} should be of type {kind}, as its default in train()")
+    fractions = {name: float(value) for name, value in given.items() if isinstance(settable[name], float)}
+    return config.train_settings() | fractions
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Tell whether a value can be given where a function has this default; whole numbers count as fractions, too."""
+    return default is None or type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
 def seed_generators(seed: int) -> None:

@@ -1,7 +1,7 @@
-"""Model ↔ ArrayRecord for PyTorch, Keras and Flax NNX. It imports none of them: a model's own framework is loaded.
+"""Convert models of PyTorch, Keras and Flax NNX to ArrayRecords and back, without importing any of these frameworks.
 
-What NumPy itself has no type for (bfloat16, the float8 types) travels as float32, under its own name: Flower's
-strategies can average that, and every value comes out as it went in.
+Values of types that NumPy does not have (bfloat16, the float8 types) are sent as float32, with the name of their own
+type: Flower's strategies can average them, and no value changes.
 """
 
 import hashlib
@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes  # noqa: F401  (teaches NumPy the names of such types)
+import ml_dtypes  # noqa: F401  (adds such types to NumPy)
 import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
+
+from federation.app.console import one_line
 
 Values = Mapping[str, NDArray[Any]]
 
@@ -23,16 +25,17 @@ Values = Mapping[str, NDArray[Any]]
 class Framework(Protocol):
     """How to read and write the weights and buffers of a model, by name, and how to save it."""
 
-    model: str  # the class of its models
-    suffix: str  # of its own file format
+    model: str  # the base class of its models
+    suffix: str  # the suffix of its file format
 
     def read(self, net: Any) -> Values: ...
     def write(self, net: Any, values: Values) -> None: ...
     def save(self, net: Any, path: Path) -> None: ...
+    def load(self, net: Any, path: Path) -> Values: ...
 
 
 class Keras:
-    """A Keras model: its weights by their paths. The random state of its layers is not among them."""
+    """A Keras model: its weights, by their paths, without the random state of its layers."""
 
     model, suffix = "keras.Model", ".keras"
 
@@ -45,11 +48,17 @@ class Keras:
             variable.assign(values[name])
 
     def variables(self, net: Any) -> dict[str, Any]:
-        paths = [variable.path for variable in net.weights]  # layers of a model of one's own may share a name
+        paths = [variable.path for variable in net.weights]  # layers of a subclassed model may share a name
         return {path if paths.count(path) == 1 else f"{path}.{i}": net.weights[i] for i, path in enumerate(paths)}
 
     def save(self, net: Any, path: Path) -> None:
         net.save(path)
+
+    def load(self, net: Any, path: Path) -> Values:
+        keras = sys.modules["keras"]
+        saved = keras.saving.load_model(path, custom_objects={type(net).__name__: type(net)}, compile=False)
+        values = map(keras.ops.convert_to_numpy, saved.weights)  # other names than here: Keras numbers its layers
+        return dict(zip(self.variables(net), values, strict=True))
 
 
 class Torch:
@@ -70,15 +79,22 @@ class Torch:
             return np.asarray(tensor.float().numpy().astype(str(tensor.dtype).removeprefix("torch.")))
 
     def write(self, net: Any, values: Values) -> None:
-        net.load_state_dict({name: sys.modules["torch"].from_numpy(value) for name, value in values.items()})
+        state = {name: sys.modules["torch"].from_numpy(value) for name, value in values.items()}
+        net.load_state_dict(state, strict=False)  # which names there have to be is known already
 
     def save(self, net: Any, path: Path) -> None:
-        sys.modules["torch"].save(net.state_dict(), model := io.BytesIO())
+        state, federated = net.state_dict(), federated_names(net)
+        state = state if federated is None else {name: state[name] for name in federated}
+        sys.modules["torch"].save(state, model := io.BytesIO())
         path.write_bytes(model.getvalue())
+
+    def load(self, net: Any, path: Path) -> Values:
+        state = sys.modules["torch"].load(path, map_location="cpu", weights_only=True)
+        return {name: self.numpy(name, tensor) for name, tensor in state.items()}
 
 
 class Flax:
-    """A Flax NNX module: its state, a.b.c for the path (a, b, c), without its random state. Saved as arrays by name."""
+    """A Flax NNX module: its state without random state; the path (a, b, c) becomes the name a.b.c. Saved as .npz."""
 
     model, suffix = "flax.nnx.Module", ".npz"
 
@@ -101,21 +117,52 @@ class Flax:
         nnx.update(net, nnx.from_flat_state(new))
 
     def save(self, net: Any, path: Path) -> None:
-        values: dict[str, Any] = {name: array.numpy() for name, array in from_net(net).items()}
-        np.savez(path, **values)
+        save_arrays(from_net(net), path)
+
+    def load(self, net: Any, path: Path) -> Values:
+        return load_arrays(path)
 
 
-FRAMEWORKS: tuple[Framework, ...] = (Keras(), Torch(), Flax())  # a Keras model on torch is a torch.nn.Module, too
+class Arrays:
+    """A dictionary of NumPy arrays, for models without a class that is known here. It is changed in place."""
+
+    model, suffix = "builtins.dict", ".npz"
+
+    def read(self, net: Any) -> Values:
+        for name, value in net.items():
+            if not isinstance(value, np.ndarray) or not isinstance(name, str):
+                raise ValueError(
+                    f"{name!r} of the model is of type {type(value).__name__}, not a NumPy array with a name"
+                )
+        return dict(net)
+
+    def write(self, net: Any, values: Values) -> None:
+        for name, value in values.items():
+            net[name][...] = value
+
+    def save(self, net: Any, path: Path) -> None:
+        save_arrays(from_net(net), path)
+
+    def load(self, net: Any, path: Path) -> Values:
+        return load_arrays(path)
+
+
+FRAMEWORKS: tuple[Framework, ...] = (
+    Keras(),
+    Torch(),
+    Flax(),
+    Arrays(),
+)  # a Keras model on torch is a torch.nn.Module, too
 
 
 def framework(net: Any) -> Framework:
-    """Return the framework that `net` is made with. Raises ValueError where it is made with none of them."""
+    """Return the framework of `net`. Raises ValueError if it is none of these."""
     for candidate in FRAMEWORKS:
         module, _, name = candidate.model.rpartition(".")
         loaded = sys.modules.get(module)
         if loaded and isinstance(net, getattr(loaded, name)):
             return candidate
-    known = ", ".join(candidate.model for candidate in FRAMEWORKS)
+    known = ", ".join(candidate.model.replace("builtins.dict", "a dict of arrays") for candidate in FRAMEWORKS)
     raise ValueError(f"Net() returned an object of type {type(net).__name__}, not one of: {known}")
 
 
@@ -123,19 +170,77 @@ def framework(net: Any) -> Framework:
 
 
 def from_net(net: Any) -> ArrayRecord:
-    """Return all weights and buffers of `net`, by name. Raises ValueError where there are none, or other things."""
-    values = framework(net).read(net)
+    """Return all weights and buffers of `net`, by name, or those that its trainable() names.
+
+    Raises ValueError if there are none, or other objects.
+    """
+    values = _federated(net)
     if not values:
-        raise ValueError("Net() returned a model without weights; one that builds itself late needs its input's shape")
+        raise ValueError("Net() returned a model without weights; if it creates them later, give it its input shape")
     return ArrayRecord({name: encoded(value) for name, value in values.items()})
 
 
+def federated_names(net: Any) -> list[str] | None:
+    """Return the names of the weights that a model wants to be federated; None for all."""
+    return list(net.trainable()) if callable(getattr(net, "trainable", None)) else None
+
+
+def _federated(net: Any) -> Values:
+    values, names = framework(net).read(net), federated_names(net)
+    if unknown := sorted({*(names or ())} - values.keys()):
+        raise ValueError(f"trainable() of the model names {unknown[0]}, which is not among its weights")
+    return values if names is None else {name: values[name] for name in names}
+
+
 def to_net(arrays: ArrayRecord, net: Any) -> None:
-    """Copy `arrays` into `net`. Raises ValueError where a name, a shape or a dtype does not fit."""
-    ours = framework(net)
-    held = {name: (str(value.dtype), value.shape) for name, value in ours.read(net).items()}
+    """Copy `arrays` into `net`. Raises ValueError if a name, a shape or a dtype does not match."""
+    held = {name: (str(value.dtype), value.shape) for name, value in _federated(net).items()}
     _compare(_layout(arrays), held)
-    ours.write(net, _values(arrays))
+    framework(net).write(net, _values(arrays))
+
+
+def save_arrays(arrays: ArrayRecord, path: Path) -> None:
+    """Write a model that no framework is needed to read: a NumPy archive, in the model's own order."""
+    values: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
+    np.savez(path, **values)
+
+
+def load_arrays(path: Path) -> Values:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+        return dict(saved)
+
+
+def read_model(path: Path, net: Any = None) -> ArrayRecord:
+    """Return the weights that are saved in a file: of the framework of `net`, or a NumPy archive of arrays by name.
+
+    Raises ValueError where that is missing or damaged, or does not fit `net`.
+    """
+    try:
+        is_archive = net is None or path.suffix == ".npz"
+        values = load_arrays(path) if is_archive else framework(net).load(net, path)
+    except Exception as error:  # each format has its own
+        why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        formats = (
+            ".npz, since a server without the framework reads no other" if net is None else ".npz or the model's own"
+        )
+        raise ValueError(f"cannot read the model {path}: {why} (formats: {formats})") from None
+    held = {} if net is None else _federated(net)
+    arrays = ArrayRecord({name: encoded(_like(value, held.get(name))) for name, value in values.items()})
+    if net is not None:
+        _explain_misfit(path, arrays, held)
+    return arrays
+
+
+def _like(value: NDArray[Any], held: NDArray[Any] | None) -> NDArray[Any]:
+    """Return a value in the dtype that the model has: an archive may hold it in another, as NumPy lacks some."""
+    return value if held is None else np.asarray(value).astype(held.dtype, copy=False)
+
+
+def _explain_misfit(path: Path, arrays: ArrayRecord, held: Values) -> None:
+    try:
+        _compare(_layout(arrays), {name: (str(value.dtype), value.shape) for name, value in held.items()})
+    except ValueError as error:
+        raise ValueError(f"the model {path} is another one than Net() makes: {error}") from None
 
 
 _last: list[tuple[weakref.ref[ArrayRecord], Values]] = []
@@ -168,11 +273,11 @@ def _compare(found: Layout, expected: Layout) -> None:
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
             sent, ours = _shown(found.get(name)), _shown(expected.get(name))
-            raise ValueError(f"{name} does not fit: what was sent has {sent}, the model {ours}")
+            raise ValueError(f"{name} does not match: received {sent}, the model has {ours}")
 
 
 def _shown(entry: tuple[str, tuple[int, ...]] | None) -> str:
-    return f"{entry[0]} of shape {entry[1]}" if entry else "nothing of that name"
+    return f"{entry[0]} of shape {entry[1]}" if entry else "no such entry"
 
 
 def encoded(values: NDArray[Any]) -> Array:
@@ -182,7 +287,7 @@ def encoded(values: NDArray[Any]) -> Array:
 
 
 def stored_dtype(dtype: Any) -> np.dtype[Any]:
-    """Return the dtype in which values of a dtype travel: float32 for those that a package has added to NumPy."""
+    """Return the dtype in which values of a dtype are sent: float32 for those that a package has added to NumPy."""
     return np.dtype(np.float32) if np.dtype(dtype).isbuiltin == 2 else np.dtype(dtype)
 
 
@@ -192,7 +297,7 @@ def decoded(array: Array) -> NDArray[Any]:
 
 
 def restore_dtypes(old: ArrayRecord, new: ArrayRecord) -> ArrayRecord:
-    """Return `new` with the dtypes of `old`: a weighted mean turns whole numbers, such as counters, into fractions."""
+    """Return `new` with the dtypes of `old`: the weighted mean of integers, such as counters, is a float."""
     pairs = ((name, array.numpy(), np.dtype(old[name].dtype)) for name, array in new.items())
     whole = ((name, np.rint(mean) if dtype.kind in "biu" else mean, dtype) for name, mean, dtype in pairs)
     return ArrayRecord({name: encoded(np.asarray(mean, dtype)) for name, mean, dtype in whole})

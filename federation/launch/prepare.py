@@ -13,8 +13,10 @@ from typing import Any
 from federation.app.config import RunConfig, validate
 from federation.app.partition import check_enough
 from federation.app.run_folder import write_atomically
+from federation.app.samples import count
 from federation.app.sources import sources
-from federation.app.task import find_data, load_task, read_data
+from federation.app.task import CONTRACT, find_data, load_task, locate_task, read_data, train_settings
+from federation.app.weights import read_model
 from federation.launch.fork_server import frameworks
 from federation.launch.trial import Trial, check_usable
 
@@ -27,15 +29,21 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
     By then, some of its imports have shown that do not before they happen, and `imports` are the modules of frameworks
     that clients will need. Raises ValueError where it cannot be federated.
     """
+    if config.bare:
+        yield {"data": "", "files": _files(locate_task(config.task)), "imports": []}
+        return
     before = set(sys.modules)
     task = load_task(config.task)
     root = find_data(task, config.data)
     data = read_data(task, root)
-    check_enough(min(len(labels) for _, labels in data), config.num_clients)
+    settings = {name: value for name, value in train_settings(task, config).items() if name not in CONTRACT["train"]}
+    check_enough(min(map(count, data[:1] if config.validation_fraction else data)), config.num_clients)
     yield {"data": root, "files": _files(task)}
-    trial = Trial(task, data, SAMPLES)
+    trial = Trial(task, data, SAMPLES, settings)
     if trial.defaults and not config.learning_rate:
         raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")
+    if config.initial:
+        read_model(Path(config.initial), trial.net())
     try:
         check_usable(trial)
     except ValueError as error:

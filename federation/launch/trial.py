@@ -5,20 +5,21 @@ import inspect
 import io
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from traceback import extract_tb
 from types import ModuleType
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from federation.app import weights
+from federation.app import metrics, weights
 from federation.app.console import one_line
 from federation.app.fingerprint import fingerprint, some_rows
-from federation.app.task import build_net, seed_generators
+from federation.app.samples import count, is_arrays, item, take
+from federation.app.task import build_net, classes_of, seed_generators
 
 SAMPLES, BATCH, SEED = 96, 16, 7
 
@@ -29,6 +30,9 @@ class Outcome(NamedTuple):
     before: ArrayRecord
     after: ArrayRecord
     loss: Any
+
+    def mean_loss(self) -> float:
+        return metrics.named("train", self.loss)["loss"]
 
     def moved(self) -> set[str]:
         """Return the names of the weights that have changed."""
@@ -53,10 +57,14 @@ def norm(one: ArrayRecord, other: ArrayRecord) -> float:
 class Trial:
     """A task, and some of its training samples to try it on."""
 
-    def __init__(self, task: ModuleType, data: Any, samples: int = SAMPLES) -> None:
-        self.task = task
+    def __init__(
+        self, task: ModuleType, data: Any, most: int = SAMPLES, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """`settings` are further arguments of train()."""
+        self.task, self.settings = task, dict(settings or {})
         self.samples, self.test_samples = data
-        self.rows = some_rows(len(self.samples[1]), samples)
+        self.rows = some_rows(count(self.samples), most)
+        self.classes = classes_of(task, self.samples)
         parameter = inspect.signature(task.train).parameters.get("lr")
         self.defaults = {"lr": 0.01} if parameter and parameter.default is parameter.empty else {}
         self.train: Callable[..., Outcome] = functools.cache(self.train_anew)  # most checks compare with the same ones
@@ -67,8 +75,8 @@ class Trial:
 
     def train_anew(self, calls: int = 1, copies: int = 1, seed: int = SEED, **given: Any) -> Outcome:
         """Train a new net, in one call of train() or several that count on the seed."""
-        given = {"epochs": 1, "batch_size": BATCH} | self.defaults | given
-        net, data = build_net(self.task, SEED), self.data(copies)
+        given = {"epochs": 1, "batch_size": BATCH} | self.defaults | self.settings | given
+        net, data = self.net(), self.data(copies)
         before = weights.from_net(net)
         seed_generators(random.SystemRandom().randrange(2**31))  # what it draws is to come from its seed
         for call in range(calls):
@@ -76,7 +84,13 @@ class Trial:
         return Outcome(before, weights.from_net(net), loss)
 
     def test(self, copies: int = 1) -> Any:
-        return self.call("test", build_net(self.task, SEED), self.data(copies))
+        return self.call("test", self.net(), self.data(copies))
+
+    def test_loss(self, copies: int = 1) -> float:
+        return metrics.named("test", self.test(copies))["loss"]
+
+    def net(self) -> Any:
+        return build_net(self.task, SEED, self.classes)
 
     def call(self, function: str, *given: Any, **named: Any) -> Any:
         """Call train() or test(). Raises ValueError where it fails."""
@@ -96,13 +110,16 @@ class Trial:
 def pick(split: Any, rows: NDArray[np.int64]) -> Any:
     """Return those rows of a split. Raises ValueError where they cannot be picked."""
     try:
-        picked = tuple(part[rows] for part in split)
-        lengths = [len(part) for part in picked]
+        picked = take(split, rows)
+        lengths = {len(part) for part in (picked if is_arrays(split) else [picked])}
+        if not is_arrays(split):
+            item(split, int(rows[0]))
     except Exception as error:
-        kinds = " and ".join(type(part).__name__ for part in split)
+        kinds = " and ".join(type(part).__name__ for part in (split if is_arrays(split) else [split]))
         raise ValueError(f"load_data() should return arrays, from which rows can be picked by an array of their "
-                         f"numbers; it returns {kinds}: {one_line(error)}") from None  # fmt: skip
-    if lengths != [len(rows)] * 2:
+                         f"numbers, or map-style data sets; it returns {kinds}: "
+                         f"{one_line(error)}") from None  # fmt: skip
+    if lengths != {len(rows)}:
         raise ValueError(f"load_data() should return arrays; of {len(rows)} rows picked from one, there are {lengths}")
     return picked
 
@@ -110,15 +127,10 @@ def pick(split: Any, rows: NDArray[np.int64]) -> Any:
 def check_usable(trial: Trial) -> None:
     """Raise ValueError where one of the four functions does something that no federation can use."""
     for split in (trial.samples, trial.test_samples):
-        pick(split, some_rows(len(split[1]), BATCH))
+        pick(split, some_rows(count(split), BATCH))
     fingerprint((trial.samples, trial.test_samples))
     trained, tested = trial.train(), trial.test()
-    if not isinstance(trained.loss, SupportsFloat):
-        raise ValueError(f"train() returns {type(trained.loss).__name__}, but it should train the net that it is "
-                         "given, and return the mean loss per sample")  # fmt: skip
+    metrics.named("train", trained.loss)
+    metrics.named("test", tested)
     if not trained.moved():
         raise ValueError("train() leaves the net that it is given as it was: it should train that one, not a copy")
-    if not isinstance(tested, tuple) or len(tested) != 2 or not all(isinstance(one, SupportsFloat) for one in tested):
-        raise ValueError(f"test() returns {tested!r}, but it should return (mean loss per sample, accuracy)")
-    if not 0 <= float(tested[1]) <= 1:
-        raise ValueError(f"test() returns an accuracy of {float(tested[1]):g}; it should lie in 0..1")

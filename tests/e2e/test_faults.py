@@ -137,7 +137,7 @@ def test_clients_that_do_not_fit_are_turned_away(terminals: Terminals, tmp_path:
         assert reason in server.text
     last = terminals.open(*to, "--data", "7")
     assert server.wait() == 0 and fitting.wait(30) == 0 and last.wait(30) == 0
-    own = "of its own: as many training samples as the server, but others; if it should hold a copy, copy"
+    own = "of its own: as many training samples as the server, but different ones; if it should be a copy, copy"
     assert own in server.text and own in last.text, "both sides are told"
     assert "31 samples of 62, a copy of the server's data" in server.text
     assert metrics_of(terminals.folder)["rounds"][1]["samples"] == [31, 62]

@@ -194,6 +194,11 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
     run = metrics(checkout / "runs" / "federated")
     assert [row["clients"] for row in run["rounds"]] == [None, 2, 2, 2]
     assert run["config"]["learning-rate"] == 0.01 and run["config"]["local-epochs"] == 2
+    command = "python server.py --simulate 2 --run-config \"train-arguments='momentum=0.5 weight_decay=0.0'\""
+    server = terminals.shell(command, checkout)
+    assert server.wait(400) == 0, server.text
+    assert metrics(checkout / "runs" / "federated")["config"]["train-arguments"] == "momentum=0.5 weight_decay=0.0"
+    assert "worst: client " in server.text
 
 
 @pytest.mark.slow

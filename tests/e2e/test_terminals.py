@@ -102,7 +102,15 @@ def test_the_picture_is_a_picture(run: SimpleNamespace) -> None:
 
 def test_nothing_unfinished_is_left_in_the_run_folder(run: SimpleNamespace) -> None:
     pictures = {"curves.png", "partitions.png"}
-    results = {"final_model.pt", "metrics.json", "checkpoint-1.npz", "checkpoint-2.npz", "log.txt", ".lock"}
+    results = {
+        "final_model.pt",
+        "best_model.pt",
+        "metrics.json",
+        "checkpoint-1.npz",
+        "checkpoint-2.npz",
+        "log.txt",
+        ".lock",
+    }
     assert {path.name for path in run.folder.iterdir()} == pictures | results
 
 

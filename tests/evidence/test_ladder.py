@@ -25,9 +25,9 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 import server
-from federation.app import client_grid, partition, picture, weights
+from federation.app import client_grid, partition, picture, samples, weights
 from federation.app.config import Settings, validate
-from federation.app.task import build_net, find_data, load_task
+from federation.app.task import build_net, classes_of, find_data, load_task
 from tests.in_memory import InMemoryGrid, another_process
 
 Rows = NDArray[np.int64]
@@ -72,8 +72,8 @@ class Ladder:
 
     def central(self, calls: int = 1, rows: Rows | None = None, seed: int = SEED, **given: Any) -> ArrayRecord:
         """Return the weights after `calls` of the script's own train(), without anything federated."""
-        net, (x, y) = build_net(self.task, SEED), self.data[0]
-        data = (x, y) if rows is None else (x[rows], y[rows])
+        train = self.data[0]
+        net, data = build_net(self.task, SEED, classes_of(self.task, train)), samples.take(train, rows)
         given = {"epochs": 1, "batch_size": BATCH} | ({"lr": self.lr} if self.lr else {}) | given
         with another_process():  # whatever it draws at random has to come from its seed
             for call in range(calls):
@@ -112,9 +112,8 @@ class Ladder:
 
     def check_split(self, clients: int, config: Settings) -> None:
         """Skip where the script has too few samples, or no classes, for the partitions that a test asks for."""
-        (_, train), (_, test) = self.data
         try:
-            partition.split(train, test, clients, validate(config))
+            partition.split_data(self.data, clients, validate(config))
         except ValueError as error:
             self.skip(str(error))
 
@@ -125,9 +124,8 @@ class Ladder:
 
 def few(split: Any, most: int) -> Any:
     """Take up to `most` samples, from all over: those of one class may follow one another."""
-    x, y = split
-    rows = np.sort(np.random.default_rng(0).permutation(len(y))[:most])
-    return x[rows], y[rows]
+    rows = np.sort(np.random.default_rng(0).permutation(samples.count(split))[:most])
+    return tuple(part[rows] for part in split) if samples.is_arrays(split) else samples.take(split, rows)
 
 
 @contextmanager
@@ -214,14 +212,14 @@ def deviation(found: NDArray[np.float64], expected: NDArray[np.float64], start: 
 def one_step(ladder: Ladder) -> dict[str, Any]:
     """Return the settings for one step on all samples at once. Skip where not even the script's own steps average."""
     ladder.needs_momentum()
-    samples = len(ladder.data[0][1])
-    settings = {"batch_size": samples, "lr": LARGE} | ladder.memoryless
-    start, whole, cut = flat(ladder.central(calls=0)), flat(ladder.central(**settings)), samples // 3
+    count = samples.count(ladder.data[0])
+    settings = {"batch_size": count, "lr": LARGE} | ladder.memoryless
+    start, whole, cut = flat(ladder.central(calls=0)), flat(ladder.central(**settings)), count // 3
     if not deviation(flat(ladder.central(seed=SEED + 1, **settings)), whole, start) <= TOLERANCE:
         ladder.skip("a step of train() on all samples at once depends on its seed: it draws random numbers (dropout, "
                     "augmentation?), which are others in every client")  # fmt: skip
-    parts = [flat(ladder.central(rows=rows, **settings)) for rows in np.split(np.arange(samples), [cut])]
-    if not deviation(np.average(parts, 0, [cut, samples - cut]), whole, start) <= TOLERANCE:
+    parts = [flat(ladder.central(rows=rows, **settings)) for rows in np.split(np.arange(count), [cut])]
+    if not deviation(np.average(parts, 0, [cut, count - cut]), whole, start) <= TOLERANCE:
         ladder.skip("a step of train() on all samples at once is not the mean of its steps on two parts of them: a "
                     "sample's gradient depends on the others (BatchNorm, clipping?), or is summed")  # fmt: skip
     return settings

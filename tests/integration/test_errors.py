@@ -120,7 +120,7 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--run-config", "seed=1", "--run-config", "batch-size=0"], ["batch-size=0"]),
         (
             ["--run-config", "partitioner='foo'"],
-            ["partitioner='foo'", "iid, dirichlet, pathological, shards, size-skewed"],
+            ["partitioner='foo'", "iid, dirichlet, inner-dirichlet, pathological"],
         ),
         (["--run-config", "alpha=0"], ["alpha=0", "0.001 to"]),
         (["--run-config", "strategy='fedprox'"], ["strategy='fedprox'", "fedavg, fedadam"]),
@@ -130,8 +130,8 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--run-config", "retries=-1"], ["retries=-1", "0 to"]),
         (["--run-config", "labels-per-client=0"], ["labels-per-client=0", "1 to"]),
         (["--run-config", "resume=1"], ["resume=1", "bool"]),
-        (["--resume"], ["nothing to resume", "runs/federated", "no checkpoint", "without --resume"]),
-        (["--run-config", "resume=true out='elsewhere'"], ["nothing to resume in elsewhere"]),
+        (["--resume"], ["cannot resume runs/federated", "no checkpoint", "without --resume"]),
+        (["--run-config", "resume=true out='elsewhere'"], ["cannot resume elsewhere: it has no checkpoint"]),
         (["--simulate", "0"], ["--simulate 0: 1 client or more"]),
         (["--simulate", "-2"], ["--simulate -2: 1 client or more"]),
         (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
@@ -313,7 +313,7 @@ def test_other_machines_may_connect_with_tls_or_after_a_warning(
     port = free_port()
     assert command("server.py", "--data", "embedded", "--address", f"{address}:{port}", *options)[0] == 0
     assert hosted == [((address, port), keys if "--tls" in options else None)]
-    assert said == [f"WARNING: {address}:{port} is open, without TLS, to all who can connect"] * warned
+    assert said == [f"WARNING: {address}:{port} is open to everyone who can connect, without TLS"] * warned
 
 
 # ------------------------------------------------------------------------------------------- the server's surroundings
@@ -477,7 +477,7 @@ def test_a_damaged_checkpoint_is_named(command: Command, begun: Path) -> None:
     named = [str(Path("runs/federated") / CHECKPOINT), "is damaged", "remove it, and start without --resume"]
     check(command("server.py", "--resume"), 2, "server.py", *named)
     (begun / "checkpoint-0.npz").write_bytes((begun / CHECKPOINT).read_bytes())
-    check(command("server.py", "--resume"), 2, "server.py", *named[:2], "--resume goes on from checkpoint-0.npz")
+    check(command("server.py", "--resume"), 2, "server.py", *named[:2], "--resume will continue from checkpoint-0.npz")
 
 
 @pytest.mark.parametrize("option", [[], ["--resume"]], ids=["anew", "resumed"])
@@ -545,7 +545,7 @@ def test_wrong_lines_end_their_processes_with_status_2(terminals: Terminals) -> 
 
 def test_nothing_to_resume_ends_the_servers_process_with_status_2(terminals: Terminals) -> None:
     outcome = terminals.run("server.py", "--resume", "--out", "here", "--simulate", "2", "--data", "embedded")
-    check(outcome, 2, "server.py", "nothing to resume in here")
+    check(outcome, 2, "server.py", "cannot resume here: it has no checkpoint")
     assert not (terminals.folder / "here").exists()
     check_nothing_is_left(terminals)
 

@@ -156,7 +156,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "no model": (lambda reply: reply.content.pop("arrays"), "its reply has the records ['metrics']"),
     "no number": (lambda reply: reply.content["metrics"].pop("num-examples"), "it reports no num-examples"),
     "more samples": (lambda reply: reply.content["metrics"].update({"num-examples": 10**6}), "num-examples=1000000"),
-    "another shape": (changed("bias", Array(np.zeros(11, np.float32))), "bias does not fit"),
+    "another shape": (changed("bias", Array(np.zeros(11, np.float32))), "bias does not match"),
     "not a number": (NAN, "bias is not finite: 10 of 10 values"),
     "cut off": (truncate, "weight cannot be read"),
 }
@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_leads_to_the_same_end(
     noted = metrics_of(tmp_path)
     said = end_of(tmp_path, resume=True)
     assert said.startswith(f"checkpoint {newest} is damaged (") and newest.name == "checkpoint-2.npz"
-    assert said.endswith("; remove it, and --resume goes on from checkpoint-1.npz") and before.exists()
+    assert said.endswith("; remove it, and --resume will continue from checkpoint-1.npz") and before.exists()
     assert metrics_of(tmp_path) == noted
     newest.unlink()
     assert resume(tmp_path) == whole()
@@ -351,7 +351,7 @@ def test_a_run_folder_has_one_writer_at_a_time(tmp_path: Path) -> None:
         "lock = lock_run_folder(Path(sys.argv[1]))\nprint('mine', flush=True)\nsys.stdin.read()", tmp_path
     )
     assert owner.stdout is not None and owner.stdout.readline() == "mine\n"
-    refusal = f"another run is writing to {tmp_path}; stop that, or choose another --out"
+    refusal = f"another run is writing to {tmp_path}; stop it, or choose another --out"
     assert end_of(tmp_path) == refusal, "nor a run,"
     assert [path.name for path in tmp_path.iterdir()] == [".lock"], "which leaves all as it is"
     owner.kill()

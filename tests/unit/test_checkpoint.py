@@ -4,6 +4,7 @@ import gc
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
+from federation.app import weights
 from federation.app.checkpoint import RESUMABLE_KEYS, check_same, checkpoints, load_checkpoint, save_checkpoint
 from federation.app.config import RunConfig, defaults, validate
 from federation.app.report import Report
@@ -146,14 +148,14 @@ def test_the_one_before_a_damaged_checkpoint_is_offered_and_read(tmp_path: Path)
     with pytest.raises(ValueError, match="damaged") as error:
         load_checkpoint(tmp_path)
     assert str(error.value).startswith(f"checkpoint {newest} is damaged (")
-    assert str(error.value).endswith(f"); remove it, and --resume goes on from {before.name}")
+    assert str(error.value).endswith(f"); remove it, and --resume will continue from {before.name}")
     newest.unlink()
     check_equal(load(tmp_path), {"w": np.array(9)})
 
 
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
-    check_refused(tmp_path, "there is nothing to resume", "it holds no checkpoint")
-    check_refused(tmp_path / "no" / "folder", "there is nothing to resume")
+    check_refused(tmp_path, "cannot resume", "it has no checkpoint")
+    check_refused(tmp_path / "no" / "folder", "cannot resume")
 
 
 def test_a_checkpoint_that_is_cut_off_anywhere(tmp_path: Path) -> None:
@@ -274,7 +276,15 @@ def test_a_changed_key_is_named_with_both_values(key: str, tmp_path: Path) -> No
 
 
 def test_keys_that_no_past_round_depends_on_may_change(tmp_path: Path) -> None:
-    assert {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries"} == RESUMABLE_KEYS
+    assert {
+        "resume",
+        "out",
+        "num-server-rounds",
+        "round-timeout",
+        "min-clients",
+        "retries",
+        "patience",
+    } == RESUMABLE_KEYS
     assert defaults().keys() >= RESUMABLE_KEYS
     check_same(defaults(), changed(*RESUMABLE_KEYS), tmp_path)
 
@@ -286,7 +296,7 @@ DATA = (np.zeros((6, 2)), np.arange(6)), (np.zeros((4, 2)), np.arange(4))
 
 def report(folder: Path, **values: Any) -> Report:
     config = validate({"out": str(folder), **{key.replace("_", "-"): value for key, value in values.items()}})
-    return Report(config, "here", DATA)
+    return Report(config, SimpleNamespace(root="here", data=DATA, suffix=".npz", save=weights.save_arrays))
 
 
 def play(run: Report, rounds: int) -> None:
@@ -334,5 +344,5 @@ def test_a_report_refuses_another_config_or_other_data_and_keeps_what_is_there(t
         report(tmp_path, resume=True, seed=5)
     for name, data in (("there", DATA), ("here", (DATA[0], DATA[0]))):
         with pytest.raises(ValueError, match=f"cannot resume {tmp_path}: it was begun with other data, here"):
-            Report(validate({"out": str(tmp_path), "resume": True}), name, data)
+            Report(validate({"out": str(tmp_path), "resume": True}), SimpleNamespace(root=name, data=data))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -1,12 +1,8 @@
 """The example in Keras, as a script of its own: its network, training, testing, original data and command."""
 
-import hashlib
-import pickle
 import re
 import subprocess
 import sys
-import tarfile
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,11 +32,10 @@ NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give each test a cache folder of its own, and no network."""
 
-    def get_file(*_: Any, **__: Any) -> str:
+    def load_data() -> Any:
         raise OSError("no network")
 
-    monkeypatch.setattr(keras.utils, "get_file", get_file)
-    monkeypatch.setattr(cifar_keras, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", load_data)
     monkeypatch.setattr(cifar_keras, "DATA_DIR", tmp_path / "cache" / "cifar10")
     return tmp_path / "cache" / "cifar10"
 
@@ -160,7 +155,7 @@ def test_the_steps_of_all_nets_are_traced_once(
 
 
 class Recorder:
-    """What can stand on the bench in place of a net, and notes what it is shown; its loss of epoch n is n / 10."""
+    """What can work in place of a net, and notes what it is shown; its loss of epoch n is n / 10."""
 
     def __init__(self) -> None:
         self.layers = [layers.Flatten(), layers.Dropout(0.5, seed=99)]
@@ -170,6 +165,9 @@ class Recorder:
         self.dropout: list[list[int]] = []
         self.fitted: list[dict[str, Any]] = []
         self.states: list[list[Any]] = []
+
+    def get_layer(self, name: str) -> Any:
+        return {"dropout": self.layers[1]}[name]
 
     def get_weights(self) -> list[NDArray[Any]]:
         return [self.weight.numpy()]
@@ -190,7 +188,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(cifar_keras, "bench", lambda: recorder)
+    monkeypatch.setattr(cifar_keras, "worker", lambda: recorder)
     return recorder
 
 
@@ -247,9 +245,9 @@ def test_trains_in_place_and_learns(trained: SimpleNamespace) -> None:
 
 @pytest.fixture(scope="module")
 def linear() -> keras.Model:
-    """A net that can be computed by hand."""
-    dense = layers.Dense(10, activation="softmax")
-    net = keras.Sequential([keras.Input((32, 32, 3)), layers.Rescaling(1 / 255), layers.Flatten(), dense])
+    """A net that can be computed by hand: it has the dropout layer that each needs, which drops nothing."""
+    dropout, dense = layers.Dropout(1e-12, name="dropout"), layers.Dense(10, activation="softmax")
+    net = keras.Sequential([keras.Input((32, 32, 3)), layers.Rescaling(1 / 255), layers.Flatten(), dropout, dense])
     net.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return net
 
@@ -257,7 +255,7 @@ def linear() -> keras.Model:
 def test_training_is_adam_as_keras_documents_it(
     linear: keras.Model, some_data: cifar_keras.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cifar_keras, "bench", lambda: linear)
+    monkeypatch.setattr(cifar_keras, "worker", lambda: linear)
     net = keras.models.clone_model(linear)
     weights = [weight.astype(float) for weight in weights_of(net)]
     loss = cifar_keras.train(net, some_data, epochs=2, lr=0.002, seed=5)
@@ -286,7 +284,7 @@ def test_training_is_adam_as_keras_documents_it(
 def test_loss_is_the_mean_over_samples_even_if_the_last_batch_is_smaller(
     linear: keras.Model, some_data: cifar_keras.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cifar_keras, "bench", lambda: linear)
+    monkeypatch.setattr(cifar_keras, "worker", lambda: linear)
     net = keras.models.clone_model(linear)
     before = weights_of(net)
     loss = cifar_keras.train(net, some_data, epochs=1, lr=0.0, seed=5)  # so that it is that of one fixed model
@@ -333,151 +331,29 @@ def test_a_saved_model_is_loaded_without_a_warning(
     assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
 
 
-# ---------------------------------------------------------------------------------------------- CIFAR-10 as it comes
-
-BATCHES = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+# ------------------------------------------------------------------------------------------- CIFAR-10 as Keras has it
 
 
-@pytest.fixture
-def original(tmp_path: Path) -> Path:
-    """Return a folder with tiny files of the names and the format of CIFAR-10's own."""
-    inner = tmp_path / "original" / "cifar-10-batches-py"
-    inner.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for name in BATCHES:
-        batch = {b"data": random.integers(0, 256, (4, 3072), np.uint8), b"labels": random.integers(0, 10, 4).tolist()}
-        (inner / name).write_bytes(pickle.dumps(batch))
-    (inner / "batches.meta").write_bytes(pickle.dumps({"label_names": NAMES}))
-    return inner.parent
+def test_cifar10_is_taken_from_keras(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = [pictures("train"), pictures("test")]
+    as_keras_has_them = tuple((images, labels.astype(np.uint8)[:, None]) for images, labels in splits)
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: as_keras_has_them)
+    assert cifar_keras.find_data() == cifar_keras.find_data("keras.datasets.cifar10") == "keras.datasets.cifar10"
+    for (images, labels), expected in zip(cifar_keras.load_data(cifar_keras.find_data()), splits, strict=True):
+        assert np.array_equal(images, expected[0]) and np.array_equal(labels, expected[1])
+        assert labels.dtype == np.int64
 
 
-@pytest.fixture
-def known(original: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the digests that the script knows be those of these files, for once."""
-    inner = original / "cifar-10-batches-py"
-    digests = {name: hashlib.md5((inner / name).read_bytes()).hexdigest() for name in BATCHES}
-    assert [*chain(*cifar_keras.MD5.values())] == BATCHES
-    test = {"test_batch": digests.pop("test_batch")}
-    monkeypatch.setattr(cifar_keras, "MD5", {"train": digests, "test": test})
-    return original
-
-
-def check_original(data: tuple[cifar_keras.Data, cifar_keras.Data], root: Path) -> None:
-    batches = [pickle.loads((root / "cifar-10-batches-py" / name).read_bytes()) for name in BATCHES]
-    (x_train, y_train), (x_test, y_test) = data
-    assert y_train.tolist() == [*chain(*(batch[b"labels"] for batch in batches[:5]))]
-    assert y_test.tolist() == batches[5][b"labels"]
-    assert y_train.dtype == y_test.dtype == np.int64
-    for images, own in ((x_train, batches[:5]), (x_test, batches[5:])):
-        flat = np.concatenate([batch[b"data"] for batch in own])
-        assert images.shape == (len(flat), 32, 32, 3) and images.dtype == np.uint8
-        for channel in range(3):
-            part = flat[:, 1024 * channel : 1024 * (channel + 1)]
-            assert np.array_equal(images[..., channel].reshape(-1, 1024), part)
-
-
-def test_original_files(known: Path) -> None:
-    assert cifar_keras.find_data(str(known)) == str(known)
-    check_original(cifar_keras.load_data(str(known)), known)
-
-
-def test_original_files_in_the_usual_place_are_used(known: Path, home: Path) -> None:
-    home.parent.mkdir()
-    known.rename(home)
-    assert cifar_keras.find_data() == str(home)
-    check_original(cifar_keras.load_data(), home)
-
-
-def archive(root: Path) -> Path:
-    path = root.with_name("cifar-10.tar.gz")
-    with tarfile.open(path, "w:gz") as files:
-        files.add(root / "cifar-10-batches-py", "cifar-10-batches-py")
-    return path
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_with_a_network_the_original_files_are_downloaded(
-    known: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+def test_damaged_files_of_keras_are_named_in_the_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    def load_data() -> Any:
+        raise EOFError("data_batch_1: ran out of\ninput")
 
-    def get_file(*arguments: Any, **options: Any) -> str:
-        asked.append((arguments, options))
-        return str(archive(known))
-
-    monkeypatch.setattr(keras.utils, "get_file", get_file)
-    (tmp_path / "empty").mkdir()
-    root, place = (str(tmp_path / "empty"), tmp_path / "empty") if named else (None, home)
-    assert cifar_keras.find_data(root) == str(place)
-    check_original(cifar_keras.load_data(root), known)
-    [((_, url), options)] = asked
-    assert url == cifar_keras.URL and url.startswith("https://")
-    assert options == {"file_hash": cifar_keras.SHA256, "cache_dir": home.parent, "cache_subdir": ""}
-    assert re.fullmatch("[0-9a-f]{64}", cifar_keras.SHA256)
-
-
-# --------------------------------------------------------------------------------------------------- errors of the data
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Return a function that checks that data are refused in one line that names them, and not replaced."""
-
-    def refused(root: Path | None, *named: str) -> None:
-        with pytest.raises(ValueError) as error:
-            cifar_keras.load_data(root and str(root))
-        assert all(text in str(error.value) for text in (str(root or cifar_keras.DATA_DIR), *named)), error.value
-        assert len(str(error.value).splitlines()) == 1
-        assert "EMBEDDED" not in capsys.readouterr().err
-
-    return refused
-
-
-class Bomb:
-    """An object that shows that it has been unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return pytest.fail, ("it was unpickled",)
-
-
-def test_original_files_of_another_content_are_not_unpickled(original: Path, refused: Any) -> None:
-    inner = original / "cifar-10-batches-py"
-    for name in BATCHES:
-        (inner / name).write_bytes(pickle.dumps(Bomb()))
-    refused(original, f"{inner / 'data_batch_1'} is missing or damaged; remove {inner}, so that it is downloaded anew")
-
-
-@pytest.mark.parametrize("name", BATCHES)
-def test_each_original_file_is_checked(known: Path, refused: Any, name: str) -> None:
-    file = known / "cifar-10-batches-py" / name
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    refused(known, f"{file} is missing or damaged; remove {file.parent}")
-
-
-@pytest.mark.parametrize("name", ["data_batch_5", "test_batch"])
-def test_an_original_file_that_is_missing_is_named(known: Path, refused: Any, name: str) -> None:
-    file = known / "cifar-10-batches-py" / name
-    file.unlink()
-    refused(known, f"{file} is missing or damaged; remove {file.parent}")
-
-
-def test_damaged_files_in_the_usual_place_are_not_replaced_either(original: Path, home: Path, refused: Any) -> None:
-    home.parent.mkdir()
-    original.rename(home)
-    refused(None, "is missing or damaged; remove")
-
-
-def test_a_download_that_is_no_archive(
-    tmp_path: Path, refused: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "archive").write_bytes(b"no archive")
-    monkeypatch.setattr(keras.utils, "get_file", lambda *_, **__: str(tmp_path / "archive"))
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "cannot be downloaded")
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", load_data)
     assert cifar_keras.find_data() == "embedded"
-    assert "EMBEDDED" in capsys.readouterr().err
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("data_batch_1: ran out of input") and "EMBEDDED" in second
 
 
 # -------------------------------------------------------------------------------------------------------- the command

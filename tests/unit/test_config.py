@@ -110,7 +110,8 @@ def test_defaults_are_allowed_themselves() -> None:
 
 NUMBERS = [key for key, value in defaults().items() if type(value) in (int, float)]
 CHOICES = {"strategy": ["fedavg", "fedadam"],
-           "partitioner": ["iid", "dirichlet", "pathological", "shards", "size-skewed"]}  # fmt: skip
+           "partitioner": ["iid", "dirichlet", "inner-dirichlet", "pathological", "shards", "size-skewed", "linear",
+                           "square", "exponential", "by-column", "grouped-natural-id"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("key", NUMBERS)
@@ -164,7 +165,7 @@ def test_choices_are_allowed_and_the_default_is_one() -> None:
 def test_what_is_no_choice_is_refused_with_all_that_there_are(value: str) -> None:
     with pytest.raises(ValueError, match="none of") as error:
         validate({"partitioner": value})
-    allowed = "iid, dirichlet, pathological, shards, size-skewed"
+    allowed = ", ".join(CHOICES["partitioner"])
     assert str(error.value) == f"run config partitioner={value!r} is none of: {allowed}"
 
 

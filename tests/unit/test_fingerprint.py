@@ -43,8 +43,8 @@ def test_a_copy_is_a_copy_whatever_holds_it(one: Any, other: Any) -> None:
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ((IMAGES[::-1], Y), "as many training samples as the server, but others; if it should hold a copy"),
-        ((IMAGES, Y[::-1]), "as many training labels as the server, but others"),
+        ((IMAGES[::-1], Y), "as many training samples as the server, but different ones; if it should be a copy"),
+        ((IMAGES, Y[::-1]), "as many training labels as the server, but different ones"),
         ((IMAGES[:400], Y[:400]), "400 training samples, the server 500"),
         ((IMAGES[:, :2], Y), "training samples of type uint8 (2, 4, 3), the server's uint8 (4, 4, 3)"),
         ((IMAGES.astype(np.int16), Y), "training samples of type int16 (4, 4, 3), the server's uint8 (4, 4, 3)"),
@@ -64,7 +64,7 @@ def test_other_numbers_are_found_however_many_there_are(rows: int) -> None:
     other = x.copy()
     other[::50] = np.random.default_rng(3).normal(size=other[::50].shape)
     y = np.zeros(rows, int)
-    assert compare((other, y), (x, y)).startswith("as many training samples as the server, but others")
+    assert compare((other, y), (x, y)).startswith("as many training samples as the server, but different ones")
 
 
 @given(stn.arrays(np.uint8, (20, 3)), st.integers(0, 19), st.integers(0, 2), st.integers(1, 255))

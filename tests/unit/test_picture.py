@@ -97,7 +97,7 @@ def test_curves(rounds: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "labels",
-    [LABELS, LABELS[:, None], LABELS / 2, LABELS.astype(np.uint8), torch.tensor(LABELS), torch.tensor(LABELS)[:, None],
+    [LABELS, LABELS[:, None], LABELS / 1, LABELS.astype(np.uint8), torch.tensor(LABELS), torch.tensor(LABELS)[:, None],
      LABELS.tolist(), np.array([f"class {label}" for label in LABELS])],
     ids=["vector", "column", "floats", "uint8", "tensor", "column tensor", "list", "words"],
 )  # fmt: skip
@@ -107,7 +107,9 @@ def test_the_samples_of_each_class_are_counted(labels: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "labels", [np.eye(10)[LABELS], np.zeros((6, 4, 4)), torch.eye(10)[LABELS]], ids=["one-hot", "masks", "tensor"]
+    "labels",
+    [LABELS / 2, np.eye(10)[LABELS], np.zeros((6, 4, 4)), torch.eye(10)[LABELS]],
+    ids=["of a regression", "one-hot", "masks", "tensor"],
 )
 def test_samples_are_counted_where_labels_are_no_classes(labels: Any) -> None:
     assert count(labels, ROWS) == [[3], [1], [2]]
@@ -115,6 +117,6 @@ def test_samples_are_counted_where_labels_are_no_classes(labels: Any) -> None:
 
 def test_so_many_classes_are_none() -> None:
     for classes, columns in ((MOST_CLASSES, MOST_CLASSES), (MOST_CLASSES + 1, 1)):
-        labels = np.random.default_rng(0).permutation(np.arange(classes) / 7)
+        labels = np.random.default_rng(0).permutation(np.arange(classes) * 7)
         counted = count(labels, [np.arange(0, 600), np.arange(600, classes)])
         assert [sum(counts) for counts in counted] == [600, classes - 600] and len(counted[0]) == columns

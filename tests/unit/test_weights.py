@@ -312,11 +312,11 @@ def test_a_framework_is_told_by_its_model(kit: Kit) -> None:
     assert (framework.model, framework.suffix) == (kit.model, kit.suffix)
 
 
-@pytest.mark.parametrize("thing", [None, 3, {"weight": np.ones(3)}, np.ones(3), cifar.Net], ids=repr)
+@pytest.mark.parametrize("thing", [None, 3, [np.ones(3)], np.ones(3), cifar.Net], ids=repr)
 def test_what_is_no_model_is_refused_by_the_name_of_its_type(thing: object) -> None:
     said = (
         f"Net() returned an object of type {type(thing).__name__}, "
-        "not one of: keras.Model, torch.nn.Module, flax.nnx.Module"
+        "not one of: keras.Model, torch.nn.Module, flax.nnx.Module, a dict of arrays"
     )
     for function in (weights.framework, weights.from_net):
         with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
@@ -324,7 +324,7 @@ def test_what_is_no_model_is_refused_by_the_name_of_its_type(thing: object) -> N
 
 
 def refused_as_empty(net: Any) -> None:
-    with pytest.raises(ValueError, match=r"^Net\(\) returned a model without weights; .* needs its input's shape$"):
+    with pytest.raises(ValueError, match=r"^Net\(\) returned a model without weights; .* give it its input shape$"):
         weights.from_net(net)
 
 
@@ -588,7 +588,7 @@ def test_the_random_state_of_nnx_is_not_among_the_entries(nnx: Any) -> None:
     assert state(other) == before
 
 
-# -------------------------------------------------------------------------------------------------- what does not fit
+# -------------------------------------------------------------------------------------------------- what does not match
 
 
 @pytest.mark.parametrize(
@@ -596,27 +596,27 @@ def test_the_random_state_of_nnx_is_not_among_the_entries(nnx: Any) -> None:
     [
         (
             lambda record: record.pop("fc1.bias"),
-            "fc1.bias does not fit: what was sent has nothing of that name, the model float32 of shape (120,)",
+            "fc1.bias does not match: received no such entry, the model has float32 of shape (120,)",
         ),
         (
             lambda record: record.update({"fc9.bias": Array(np.zeros(3, np.float32))}),
-            "fc9.bias does not fit: what was sent has float32 of shape (3,), the model nothing of that name",
+            "fc9.bias does not match: received float32 of shape (3,), the model has no such entry",
         ),
         (
             lambda record: record.update({"fc2.weight": Array(np.zeros((3, 3), np.float32))}),
-            "fc2.weight does not fit: what was sent has float32 of shape (3, 3), the model float32 of shape (84, 120)",
+            "fc2.weight does not match: received float32 of shape (3, 3), the model has float32 of shape (84, 120)",
         ),
         (
             lambda record: record.update({"fc2.bias": Array(np.zeros(84))}),
-            "fc2.bias does not fit: what was sent has float64 of shape (84,), the model float32 of shape (84,)",
+            "fc2.bias does not match: received float64 of shape (84,), the model has float32 of shape (84,)",
         ),
         (
             lambda record: record.update({"fc3.bias": weights.encoded(array("bfloat16", np.zeros(10)))}),
-            "fc3.bias does not fit: what was sent has bfloat16 of shape (10,), the model float32 of shape (10,)",
+            "fc3.bias does not match: received bfloat16 of shape (10,), the model has float32 of shape (10,)",
         ),
         (
             lambda record: record.update({"fc3.bias": Array(np.zeros((10, 1), np.float32))}),
-            "fc3.bias does not fit: what was sent has float32 of shape (10, 1), the model float32 of shape (10,)",
+            "fc3.bias does not match: received float32 of shape (10, 1), the model has float32 of shape (10,)",
         ),
     ],
     ids=["missing", "surplus", "shape", "wider", "narrower", "dimension"],
@@ -641,7 +641,7 @@ def test_weights_that_do_not_fit_are_refused_by_every_framework(kit: Kit, sent: 
     del record[name]
     if sent is not None:
         record[name] = Array(sent)
-    with pytest.raises(ValueError, match=rf"^{name} does not fit: .*, the model float32 of shape \(2,\)$"):
+    with pytest.raises(ValueError, match=rf"^{name} does not match: .*, the model has float32 of shape \(2,\)$"):
         weights.to_net(record, net)
     assert kit.look(net) == before
 
@@ -650,9 +650,9 @@ def test_records_are_alike_whatever_their_values_and_their_order() -> None:
     one = ArrayRecord({"a": Array(np.ones(2)), "b": Array(np.ones((0, 3), np.int32))})
     other = ArrayRecord({"b": Array(np.ones((0, 3), np.int32)), "a": Array(np.zeros(2))})
     weights.check_compatible(one, other)
-    with pytest.raises(ValueError, match=r"^b .* nothing of that name, the model int32 of shape \(0, 3\)$"):
+    with pytest.raises(ValueError, match=r"^b .* received no such entry, the model has int32 of shape \(0, 3\)$"):
         weights.check_compatible(ArrayRecord({"a": Array(np.ones(2))}), one)
-    with pytest.raises(ValueError, match=r"^b .* has int32 of shape \(0, 3\), the model nothing of that name$"):
+    with pytest.raises(ValueError, match=r"^b .* received int32 of shape \(0, 3\), the model has no such entry$"):
         weights.check_compatible(one, ArrayRecord({"a": Array(np.ones(2))}))
 
 

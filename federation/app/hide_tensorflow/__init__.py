@@ -1,9 +1,9 @@
-"""Keep TensorFlow out of Flower's Simulation Engine, so that only tasks that use it load it.
+"""Hide TensorFlow from Flower's Simulation Engine, so that it is only loaded for tasks that use it.
 
-The engine imports TensorFlow wherever it is installed, in the server's process and in every Ray worker. That takes
-seconds and hundreds of megabytes, and PyTorch's compiler, triton, crashes when it is loaded into the same process
-afterwards. So TensorFlow counts as not installed from the start of a process (`sitecustomize.py`) until it loads the
-task.
+If TensorFlow is installed, the engine imports it in the server's process and in every Ray worker. This takes seconds
+and hundreds of megabytes, and triton, PyTorch's compiler, crashes if it is loaded into the same process afterwards.
+Therefore TensorFlow appears not to be installed from the start of a process (`sitecustomize.py`) until the process
+loads the task.
 """
 
 import importlib
@@ -16,24 +16,24 @@ FOLDER = str(Path(__file__).parent)
 
 
 def environment() -> dict[str, str]:
-    """Return the environment variables with which a process, and those that it starts, have TensorFlow hidden."""
+    """Return environment variables that hide TensorFlow from a process and from the processes that it starts."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, [FOLDER, os.environ.get("PYTHONPATH")]))}
 
 
 def from_workers() -> None:
-    """Hide TensorFlow from the Ray workers that this process will start, if it has been loaded here already.
+    """Hide TensorFlow from the Ray workers that this process will start, if it is already loaded here.
 
-    With `flwr run`, an app has no say in the environment of its processes. But Flower imports the ClientApp before it
-    starts Ray, and hands sys.path on to the workers.
+    With `flwr run`, an app cannot set the environment of its processes. But Flower imports the ClientApp before it
+    starts Ray, and passes sys.path on to the workers.
     """
     if sys.modules.get("tensorflow"):
         sys.path.insert(0, FOLDER)
-        if hasattr(os, "RTLD_DEEPBIND"):  # Linux, where PyTorch comes with triton
+        if hasattr(os, "RTLD_DEEPBIND"):  # only on Linux does PyTorch come with triton
             _load_triton()
 
 
 def _load_triton() -> None:
-    """Load triton, where it is installed, so that it finds its own LLVM and not the other version in TensorFlow."""
+    """Load triton, if it is installed, in such a way that it uses its own LLVM and not TensorFlow's version of it."""
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_DEEPBIND)
     with suppress(ImportError):
@@ -42,6 +42,6 @@ def _load_triton() -> None:
 
 
 def reveal() -> None:
-    """Let this process import TensorFlow from now on."""
+    """Allow this process to import TensorFlow."""
     if sys.modules.get("tensorflow", ...) is None:
         del sys.modules["tensorflow"]
