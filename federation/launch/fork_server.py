@@ -33,7 +33,7 @@ PREPARE = "prepare"  # the command that is not Flower's
 COMMANDS = (*READY, "flwr-simulation")  # that one's child imports by itself what it needs: no client has any
 ONCE = {"flwr-serverapp", "flwr-simulation", PREPARE}  # no second one will need what they have imported
 FRAMEWORKS = {"triton", "torch", "torchvision", "jax", "jaxlib", "flax", "optax", "keras", "tensorflow"}  # tried
-CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+CRASHES = {getattr(signal, f"SIG{name}", None) for name in ("SEGV", "ABRT", "BUS", "ILL", "FPE")}  # no BUS on Windows
 UNSAFE = 3  # the exit status after which no other fork server should be started
 
 expected: deque[str] = deque()  # modules of frameworks that are imported as soon as no request waits

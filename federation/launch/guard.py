@@ -6,6 +6,7 @@ whatever reason, and then kills all processes with this mark, so that none survi
 
 import os
 import shutil
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 
 def guard(variable: str, home: Path) -> None:
     """Wait until the parent ends or closes this process's standard input, then kill all processes that it started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, Ctrl-C reaches all processes of a terminal
     with suppress(OSError):
         sys.stdin.read()
     kill_all(variable, home.name)

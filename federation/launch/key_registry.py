@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from federation.launch.process_group import ProcessGroup
+from federation.launch.process_group import ProcessGroup, find_program
 
 LOOK = 2  # seconds after which the folder is read again
 
@@ -59,10 +59,10 @@ class KeyRegistry:
 
     def flwr(self, *command: str) -> dict[str, Any]:
         """Run `flwr supernode …` and return its result."""
+        line = find_program(["flwr", "supernode", *command, "ours", "--format", "json"], self.ours.environment)
         result = subprocess.run(
-            ["flwr", "supernode", *command, "ours", "--format", "json"],
-            env=self.ours.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            line, env=self.ours.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         try:
             return dict(json.loads(result.stdout))
         except ValueError:

@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock, Thread
@@ -40,6 +41,7 @@ class ProcessGroup:
             MARK: home.name,
             "PATH": os.pathsep.join([str(home / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8",  # the default of a pipe on Windows is another one
             "FLWR_HOME": str(home),
             "RAY_TMPDIR": str(home),
             "RAY_prestart_worker_first_driver": "0",  # they would lack the environment that Flower asks for, and idle
@@ -63,8 +65,8 @@ class ProcessGroup:
     def popen(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
         return subprocess.Popen(
-            command, env=self.environment, stdin=subprocess.DEVNULL, text=True, errors="replace",
-            start_new_session=True, **options,
+            find_program(command, self.environment), env=self.environment, stdin=subprocess.DEVNULL, encoding="utf-8",
+            errors="replace", start_new_session=True, **options,
         )  # fmt: skip
 
     def warm_up(self) -> None:
@@ -127,6 +129,11 @@ class ProcessGroup:
         errors = [line for line in lines if re.search(r"\w(Error|Exception)\b", line)]
         errors = errors or [line for line in lines if line.startswith("ERROR")]
         return f"{(errors or lines or ['it printed nothing'])[-1]} (all is in {self.log.name})"
+
+
+def find_program(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Return a command with the path of its program, for which Windows would look where this process's PATH says."""
+    return [shutil.which(command[0], path=environment["PATH"]) or command[0], *command[1:]]
 
 
 def open_private(log: Path) -> IO[str]:

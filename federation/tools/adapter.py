@@ -28,27 +28,17 @@ def Net():
 
 
 def load_data(root=None):
-    """Return all training and test samples, with their labels."""
+    """Return the training and the test data set."""
 {load_data}
 
 
-def as_arrays(data):
-    """Return the samples and labels of a data set. Its transforms are applied once: random ones vary no more."""
-    dataset = getattr(data, "dataset", data)  # of a DataLoader
-    return tuple(default_collate([dataset[row] for row in range(len(dataset))]))
-
-
-def make_loader(data, batch_size, order=None):
-    return DataLoader(TensorDataset(*data), batch_size, shuffle=order is not None, generator=order)
-
-
 def train(net, data, *, epochs={epochs}, lr={lr}, batch_size={batch_size}, seed=0):
-    """Train `net` on `data = (x, y)`, and return the mean loss per sample."""
+    """Train `net` on `data`, a part of the training data set, and return the mean loss per sample."""
 {train}
 
 
 def test(net, data):
-    """Return the mean loss per sample, and the accuracy in 0..1."""
+    """Return the mean loss per sample on `data`, and the accuracy in 0..1."""
 {test}
 
 
@@ -62,17 +52,20 @@ DEFINITIONS = '''
 
 def definitions(file, names, **given):
     """Return the module that a script is with its imports and these names alone: the rest of it trains at import."""
-    module, tree = ModuleType("script"), ast.parse(Path(__file__).with_name(file).read_bytes())
-    kept = [one for one in tree.body if isinstance(one, ast.Import | ast.ImportFrom) or names & bound(one)]
+    module, body = ModuleType("script"), ast.parse(Path(__file__).with_name(file).read_bytes()).body
+    kept = [one for one in body if isinstance(one, ast.Import | ast.ImportFrom) or names.intersection(defined(one))]
     vars(module).update(given)
     exec(compile(ast.Module(kept, []), file, "exec"), vars(module))
     return module
 
 
-def bound(statement):
-    """Return the names that a statement defines."""
-    targets = getattr(statement, "targets", [getattr(statement, "target", statement)])
-    return {{getattr(one, "id", getattr(one, "name", "")) for target in targets for one in ast.walk(target)}}
+def defined(statement):
+    """Yield the names that a function, a class or an assignment defines."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        yield statement.name
+    elif isinstance(statement, ast.Assign | ast.AnnAssign):
+        for target in getattr(statement, "targets", [getattr(statement, "target", None)]):
+            yield from (node.id for node in ast.walk(target) if isinstance(node, ast.Name))
 
 
 if TYPE_CHECKING:
@@ -96,16 +89,16 @@ USUAL_TEST = """
 net.to(device).eval()
 total, correct = 0.0, 0
 with torch.no_grad():
-    for x, y in make_loader(data, 1000):
+    for x, y in DataLoader(data, batch_size=1000):
         x, y = x.to(device), y.to(device)
         outputs = net(x)
         total += criterion(outputs, y).item() * len(y)
         correct += (outputs.argmax(1) == y).sum().item()
-return total / len(data[1]), correct / len(data[1])
+return total / len(data), correct / len(data)
 """
 NAMES = "net", "loader", "optimizer", "criterion", "device", "epochs", "epoch", "lr", "batch_size", "seed", "args"
 OURS = dict(zip(NAMES, NAMES, strict=True))  # the variables of train(), by what they are for
-TORCH = "import torch", "from torch.utils.data import DataLoader, TensorDataset, default_collate"
+TORCH = "import torch", "from torch.utils.data import DataLoader"
 TYPES = "import ast", "from pathlib import Path", "from types import ModuleType", "from typing import TYPE_CHECKING"
 
 
@@ -154,17 +147,21 @@ class Adapter:
 
     def load_data(self) -> str:
         if found := recognition.data_function(self.script):
-            function, kinds = found
-            last = {kind: place for place, kind in enumerate(kinds) if kind}
-            names = [f"{kind}_data" if last.get(kind) == place else "_" for place, kind in enumerate(kinds)]
-            lines = self.call(f"{', '.join(names)} =", function, {"root": self.root(function)})
-            if "root" not in recognition.roles(function):
-                lines.append(f"# {function.name}() has no parameter for the folder: root does not reach it")
-        else:
-            sets = recognition.datasets(self.script)
-            lines = made("train_data =", sets.get("train"), f"make train_data, the training set of {self.file},")
-            lines += made("test_data =", sets.get("test"), f"make test_data, the test set of {self.file},")
-        return body(*dict.fromkeys(lines), "return as_arrays(train_data), as_arrays(test_data)")
+            return body(*self.call_data_function(*found))
+        sets = recognition.datasets(self.script)
+        lines = made("train_data =", sets.get("train"), f"make train_data, the training set of {self.file},")
+        lines += made("test_data =", sets.get("test"), f"make test_data, the test set of {self.file},")
+        return body(*dict.fromkeys(lines), "return train_data, test_data")
+
+    def call_data_function(self, function: Function, kinds: list[str]) -> list[str]:
+        """Return the lines that call a function which returns data sets, or loaders of them."""
+        last = {kind: place for place, kind in enumerate(kinds) if kind}
+        names = [f"{kind}_data" if last.get(kind) == place else "_" for place, kind in enumerate(kinds)]
+        lines = self.call(f"{', '.join(names)} =", function, {"root": self.root(function)})
+        if "root" not in recognition.roles(function):
+            lines.append(f"# {function.name}() has no parameter for the folder: root does not reach it")
+        suffix = ".dataset" if re.search("loader|dl$", recognition.returned(function)[last["train"]]) else ""
+        return [*lines, f"return train_data{suffix}, test_data{suffix}"]
 
     def root(self, function: Function) -> str:
         """Return what a function of the script is given as the data folder."""
@@ -177,14 +174,14 @@ class Adapter:
         lines = [
             "net.to(device)",
             "order = torch.Generator().manual_seed(seed)",
-            "loader = make_loader(data, batch_size, order)",
+            "loader = DataLoader(data, batch_size, shuffle=True, generator=order)",
         ]
         if loop := recognition.loop(self.script, trains=True):
             return body(*lines, *self.call_loop(loop))
         if trainer := recognition.trainer(self.script):
             return body(*lines, *self.call_trainer(*trainer))
         usual = self.every_epoch(USUAL_LOOP.format(file=self.file))
-        return body(*lines, *self.optimizer, *self.criterion, usual, "return total / len(data[1])")
+        return body(*lines, *self.optimizer, *self.criterion, usual, "return total / len(data)")
 
     def call_loop(self, loop: Function) -> list[str]:
         """Return the lines that call the script's own loop, once or for every epoch, and return the loss."""
@@ -215,7 +212,7 @@ class Adapter:
         if not test or not {"loss", "accuracy"} <= set(names):
             return body(*self.criterion, USUAL_TEST.format(file=self.file))
         needed = self.criterion if "criterion" in recognition.roles(test) else []
-        call = self.call(f"{', '.join(names)} =", test, OURS | {"loader": "make_loader(data, 1000)"})
+        call = self.call(f"{', '.join(names)} =", test, OURS | {"loader": "DataLoader(data, batch_size=1000)"})
         return body(*needed, "net.to(device)", *call, "return loss, accuracy")
 
     def call(self, target: str, function: Function, given: dict[str, str]) -> list[str]:
@@ -225,7 +222,7 @@ class Adapter:
         lines = [gap(f"say below what {', '.join(unknown)} should be, and remove this line")] if unknown else []
         lines += [line for piece in pieces.values() for line in piece.lines]
         arguments = ", ".join(f"{name}={'...' if piece.unknown else piece.text}" for name, piece in pieces.items())
-        return [*lines, f"{target} {self.callee(function)}({arguments})  # line {function.lineno}".strip()]
+        return [*lines, f"# line {function.lineno}", f"{target} {self.callee(function)}({arguments})".strip()]
 
     def callee(self, function: Function) -> str:
         owner = self.script.parents[function]

@@ -88,8 +88,8 @@ def adapted(name: str, folder: Path) -> Path:
 def fill_in(task: Path, name: str, value: str) -> None:
     lines = task.read_text().splitlines()
     [place] = [number for number, line in enumerate(lines) if "TODO" in line]
-    assert f"{name}=..." in lines[place + 1]
-    lines[place : place + 2] = [lines[place + 1].replace(f"{name}=...", f"{name}={value}")]
+    assert f"{name}=..." in lines[place + 2]
+    lines[place : place + 3] = [lines[place + 2].replace(f"{name}=...", f"{name}={value}")]
     task.write_text("\n".join(lines))
 
 
@@ -149,10 +149,11 @@ def test_a_script_in_which_nothing_is_recognised_has_a_gap_for_each_of_it(folder
 
 
 def test_a_script_that_acts_when_it_is_imported_is_not_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_digits(folder / "data")
-    task: ModuleType = importlib.import_module(adapted("hour", folder).stem)
-    assert capsys.readouterr().out == ""
-    assert task.script.classes == tuple("0123456789") and not hasattr(task.script, "trainset")
+    hour: ModuleType = importlib.import_module(adapted("hour", folder).stem)
+    clothes: ModuleType = importlib.import_module(adapted("clothes", folder).stem)
+    assert capsys.readouterr().out == "" and not Path("data").exists()
+    assert hour.script.classes == tuple("0123456789") and not hasattr(hour.script, "trainset")
+    assert hasattr(clothes.script, "train_loop") and not hasattr(clothes.script, "model")
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_what_a_script_does_by_itself_is_left_to_it_and_noted(folder: Path) -> N
     Path("own_ways.py").write_text(OWN_WAYS)
     write_new(Path("my_task.py"), Path("own_ways.py"))
     text = Path("my_task.py").read_text()
-    assert "train_data, _, test_data = script.load_sets()  # line" in text, "the test set, and not that for validation"
+    assert "train_data, _, test_data = script.load_sets()\n" in text, "the test set, and not that for validation"
     assert "# load_sets() has no parameter for the folder: root does not reach it\n" in text
     assert "# the script's own function makes an optimizer: lr does not reach it\n" in text
     assert "script.fit(model=net, loader=loader, n_epochs=epochs)" in text and "for epoch in range" not in text
