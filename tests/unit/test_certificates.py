@@ -173,6 +173,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     os.umask(before)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="files have no modes there")
 def test_a_private_key_is_its_owners_alone_from_its_first_byte_on(
     umask: int, make: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

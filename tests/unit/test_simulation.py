@@ -1,5 +1,6 @@
 """How many nodes play the clients of a simulation, and what each gets: what is handed to Flower."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_only_gpus_that_are_visible_count(visible: str, count: int, monkeypatch:
     assert count_gpus() == count
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the driver is a script for sh")
 def test_gpus_are_counted_as_the_driver_lists_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
