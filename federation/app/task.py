@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from federation.app import hide_tensorflow, samples
-from federation.app.config import RunConfig, parse
+from federation.app.config import RunConfig, SettingError, parse
 from federation.app.console import FOLDER, one_line
 from federation.app.fingerprint import fingerprint
 from federation.app.layout import SCRIPTS
@@ -157,7 +157,7 @@ def classes_of(task: ModuleType, train: Any) -> int:
 def train_settings(task: ModuleType, config: RunConfig) -> dict[str, Any]:
     """Return what train() is called with, besides net, data and seed.
 
-    Raises ValueError where the run config's train-arguments are unknown to it, or of another type than its defaults.
+    Raises SettingError where the run config's train-arguments are unknown to it, or of another type than its defaults.
     """
     parameters = {name: one for name, one in inspect.signature(task.train).parameters.items() if one.kind in NAMED}
     settable = {name: one.default for name, one in parameters.items() if name not in CONTRACT["train"]}
@@ -166,10 +166,10 @@ def train_settings(task: ModuleType, config: RunConfig) -> dict[str, Any]:
     for name, value in given.items():
         if name not in settable:
             known = ", ".join(settable) or "none"
-            raise ValueError(f"train-arguments: {task.__name__}.train() takes no {name}; what can be set: {known}")
+            raise SettingError(f"train-arguments: {task.__name__}.train() takes no {name}; what can be set: {known}")
         if not _is_like(value, settable[name]):
             kind = type(settable[name]).__name__
-            raise ValueError(f"train-arguments: {name}={value!r} should be of type {kind}, as its default in train()")
+            raise SettingError(f"train-arguments: {name}={value!r} should be of type {kind}, as its default in train()")
     fractions = {name: float(value) for name, value in given.items() if isinstance(settable[name], float)}
     return config.train_settings() | fractions
 

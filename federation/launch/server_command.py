@@ -51,6 +51,7 @@ def server(
 def serve(args: SimpleNamespace) -> int:
     """Host the run that these options describe; return its exit status."""
     check_options(args)
+    from federation.app.config import SettingError
     from federation.app.run_folder import run_folder  # here, so that --help need not wait for Flower
     from federation.launch import host, network, simulation
 
@@ -67,7 +68,7 @@ def serve(args: SimpleNamespace) -> int:
         print(simulation.describe(config.num_clients, nodes), flush=True)
     else:
         network.check_free(address)
-    with run_folder(Path(config.out)):
+    with run_folder(Path(config.out)), misuse(of=SettingError):
         return host.host_run(address, config, nodes, tls)
 
 

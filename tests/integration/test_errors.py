@@ -348,6 +348,37 @@ def test_server_names_the_folder_of_a_task_that_is_elsewhere(command: Command) -
     check(command("server.py", "--task", "/home/flowers.py"), 2, "server.py", "/home/flowers.py", "its name, flowers")
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train-arguments='momentun=0.5'", "tiny.train() takes no momentun; what can be set: "),
+        ("train-arguments='momentum=true'", "momentum=True should be of type float"),
+        ("partitioner='by-column'", "the data have no groups: load_data() should return (x, y, groups)"),
+        (
+            "best-metric='server_recall'",
+            "there is no such metric; there are train_loss, clients_loss, clients_accuracy",
+        ),
+        ("server-evaluation=false best-metric='server_accuracy'", "there is no such metric"),
+    ],
+)
+def test_server_refuses_settings_that_the_task_or_its_data_cannot_take(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, said: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tiny.py").write_text(TINY.replace("lr=0.1", "lr=0.1, momentum=0.0"), "utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("an earlier result")
+    line = ["--task", "tiny", "--out", "run", "--run-config", setting]
+    check(command("server.py", *line), 2, "server.py", "error: ", said)
+    assert (tmp_path / "run" / "metrics.json").read_text() == "an earlier result"
+
+
+def test_server_names_weights_that_are_missing_or_do_not_fit(command: Command, tmp_path: Path) -> None:
+    check(command("server.py", "--initial", "none.pt"), 2, "server.py", "error: initial=none.pt: there is no such file")
+    (tmp_path / "broken.pt").write_bytes(b"no model")
+    check(command("server.py", "--initial", "broken.pt"), 1, "server.py", "cannot read the model", "broken.pt")
+
+
 FRAME = """
 class Frame:  # picks by name, as that of pandas does
     def __init__(self, rows): self.rows = rows
