@@ -86,10 +86,14 @@ def test_a_script_that_uses_ours_reaches_a_client_in_an_empty_folder(terminals: 
 
 
 @pytest.mark.slow
-def test_the_default_task_is_installed_too(terminals: Terminals, environment: Path) -> None:
-    command = "federate check cifar.py --data embedded && federate server --simulate 2 --data embedded --rounds 1"
-    terminal = terminals.shell(f"{activated(environment)}; {command}", terminals.folder)
+def test_the_default_task_and_the_skeleton_are_installed_too(terminals: Terminals, environment: Path) -> None:
+    commands = [
+        "federate new my_task.py && federate check my_task",
+        "federate check cifar.py --data embedded",
+        "federate server --simulate 2 --data embedded --rounds 1",
+    ]
+    terminal = terminals.shell(f"{activated(environment)}; {' && '.join(commands)}", terminals.folder)
     assert terminal.wait(400) == 0, terminal.text
-    assert "cifar can be federated" in terminal.text
+    assert all(f"{task} can be federated" in terminal.text for task in ("my_task", "cifar"))
     assert [row["clients"] for row in metrics_of(terminals.folder)["rounds"]] == [None, 2]
     assert_all_gone(terminals)

@@ -27,9 +27,9 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
     "python -m federation.compare --quick",  # by test_compare
-    "python -m federation.check my_script",  # by test_guide, with the scripts of the guide
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
-    "python PROJECT/server.py --task my_script",
+    "federate check my_script", "federate server --task my_script",  # by test_installed, with the task that it installs
+    "federate new my_task.py", "federate new my_task.py --from train.py",  # by test_new
     "docker compose up --build --scale client=4",  # by test_containers, where there is an engine
     "docker build --target server -t flower_server . && docker build --target client -t flower_client .",
     "docker network create federation",

@@ -1,6 +1,7 @@
 """`federate new`: a task that runs at once, and tasks that adapt scripts of others as they are."""
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,12 @@ def test_the_adapter_trains_with_the_functions_of_the_script(folder: Path, name:
     loss = task.train(net, training, epochs=EPOCHS[name])
     after = task.test(net, testing)
     assert loss < before[0] and after[0] < before[0] and after[1] > max(0.5, before[1])
+
+
+def test_the_guide_shows_what_is_written(folder: Path) -> None:
+    text = adapted("digits", folder).read_text()
+    [shown] = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "your_own_script.md").read_text("utf-8"), re.DOTALL)
+    assert all(part.strip() in text for part in shown.split("\n\n\n"))
 
 
 def test_gaps_are_listed_until_they_are_filled_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
