@@ -22,7 +22,7 @@ COMMANDS = {
     if line.strip()
 }
 RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo runs cifar.py, server.py and client.py
-    "make demo", "make test", "make test-slow", "make lint", "make install EXTRAS=dev,jax,keras",
+    "make demo", "make test", "make test-slow", "make lint", "make install EXTRAS=dev,jax,keras,sklearn,lightning,text",
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
