@@ -20,19 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cifar_data import CLASSES, Data, find_data, load_data, save
+from cifar_data import Data, find_data, load_data, save
 
 
 class Net(nn.Module):
-    """LeNet for 32×32 colour images: (n, 3, 32, 32) float32 to (n, 10) logits."""
+    """LeNet for 32×32 colour images: (n, 3, 32, 32) float32 to (n, classes) logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.fc1 = nn.Linear(16 * 5 * 5, 120)
         self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, CLASSES)
+        self.fc3 = nn.Linear(84, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
           f"device: {pick_device(args.device)}")  # fmt: skip
     print("epoch  train loss  test loss  accuracy  seconds")
     torch.manual_seed(args.seed)
-    net = Net()
+    net = Net(int(train_data[1].max()) + 1)
     started = time.perf_counter()
 
     def after_epoch(epoch: int, train_loss: float) -> None:

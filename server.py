@@ -8,17 +8,16 @@
 train the global model on their own data, and the mean of their models, weighted by sample numbers, is the next one.
 """
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from federation.app import metrics, samples, weights
 from federation.app.client_grid import ClientGrid
 from federation.app.config import validate
 from federation.app.console import announce_end
+from federation.app.global_model import load_global_model
 from federation.app.report import Report
 from federation.app.roster import Roster
 from federation.app.strategy import aggregate_evaluate, aggregate_train, make_strategy, strategy_state
-from federation.app.task import build_net, classes_of, find_data, load_task, read_data
 
 app = ServerApp()
 
@@ -28,34 +27,27 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation. Flower calls this when a run has started."""
     config = validate(context.run_config)
-    task = load_task(config.task)
-    root = find_data(task, config.data)
-    data = read_data(task, root)
-    net = build_net(task, config.seed, classes_of(task, data[0]))
-    report = Report(config, root, data)
-    arrays = report.arrays or weights.from_net(net)
+    model = load_global_model(config)
+    report = Report(config, model)
+    arrays = report.arrays or model.initial()
     strategy = make_strategy(config, report.state)
-    roster = Roster(grid, config, root, data, report.places, report.num_partitions)
+    roster = Roster(grid, config, model, report.places, report.num_partitions)
     clients = ClientGrid(grid, roster)
-
-    def test(arrays: ArrayRecord) -> dict[str, float]:
-        weights.to_net(arrays, net)
-        return metrics.of_server(task.test(net, samples.take(data[1])))
 
     with roster.session(meanwhile=report.draw), report.marking_failure():
         if report.next_round == 0:
-            report.round(arrays, {}, roster.places, **test(arrays))
+            report.round(arrays, {}, roster.places, **model.test(arrays))
         roster.wait_for(config.num_clients)
-        report.partitions(roster.held_partitions(), data)
+        report.partitions(roster.held_partitions(), model.data)
         for server_round in report.remaining_rounds():
             models = clients.train(strategy, server_round, arrays)
             arrays, trained = aggregate_train(strategy, server_round, models, arrays)
             del models  # those of the next round take as much memory again
             answers = clients.evaluate(strategy, server_round, arrays)
-            results = aggregate_evaluate(strategy, server_round, answers, trained) | test(arrays)
+            results = aggregate_evaluate(strategy, server_round, answers, trained) | model.test(arrays)
             clients.check_agreement(answers, results)
             report.round(arrays, strategy_state(strategy), roster.places, **results, **clients.pop_counters())
-        report.finish(net)
+        report.finish()
 
 
 if __name__ == "__main__":

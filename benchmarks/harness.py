@@ -1,4 +1,4 @@
-"""What the benchmarks share: they run the project's own commands, and other Flower apps on the same engine."""
+"""Helpers for the benchmarks: run the project's commands, and other Flower apps on the same engine."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from federation.launch.process_group import ROOT, ProcessGroup, process_group, r
 
 Result = dict[str, Any]
 
-FOLDER = ROOT / "runs" / "benchmarks"  # for logs, and what server.py writes
-RESULT = "result "  # a line that begins so holds, as JSON, what an app has measured
+FOLDER = ROOT / "runs" / "benchmarks"  # for logs and run folders
+RESULT = "result "  # the beginning of a line in which an app prints its measurements as JSON
 
 
 def federate(*options: str, clients: int = 0) -> tuple[Result, list[str]]:
-    """Run server.py with `options` and so many client.py; return its metrics.json and the lines of the clients."""
+    """Run server.py with `options` and a number of clients; return its metrics.json and the clients' output."""
     address = f"127.0.0.1:{free_port()}"
     where = ["--address", address, "--clients", str(clients)] if clients else []
     out = FOLDER / "ours"
@@ -36,7 +36,7 @@ def federate(*options: str, clients: int = 0) -> tuple[Result, list[str]]:
 
 @contextmanager
 def programs(*commands: list[str], **environment: str) -> Iterator[list["subprocess.Popen[str]"]]:
-    """Start Python programs of this project; they have ended when the context does."""
+    """Start Python programs of this project, which are stopped at the end of the context."""
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / program), *options],
@@ -55,7 +55,7 @@ def programs(*commands: list[str], **environment: str) -> Iterator[list["subproc
 
 
 def wait_for(processes: list["subprocess.Popen[str]"]) -> list[str]:
-    """Return what each process has printed, once all have ended. Raises LaunchError as soon as one has failed."""
+    """Return the output of each process when all have ended. Raises LaunchError as soon as one fails."""
     outputs: dict[int, str] = {}
     while len(outputs) < len(processes):
         for place, process in enumerate(processes):
@@ -63,12 +63,12 @@ def wait_for(processes: list["subprocess.Popen[str]"]) -> list[str]:
                 with suppress(subprocess.TimeoutExpired):
                     outputs[place] = process.communicate(timeout=0.1)[0]
             if process.returncode:
-                raise LaunchError((outputs[place].splitlines() or ["a program failed, and printed nothing"])[-1])
+                raise LaunchError((outputs[place].splitlines() or ["a program failed without a message"])[-1])
     return [outputs[place] for place in range(len(processes))]
 
 
 def run_app(app: Path, config: dict[str, object], *, simulate: int = 0, supernodes: int = 0) -> tuple[Result, float]:
-    """Run another Flower app as server.py runs its own, but with all else as Flower has it.
+    """Run another Flower app like server.py runs its own, but with Flower's defaults for everything else.
 
     Returns the result that its ServerApp prints, and the seconds from the start of the SuperLink to that line.
     """
@@ -86,7 +86,7 @@ def run_app(app: Path, config: dict[str, object], *, simulate: int = 0, supernod
 
 @contextmanager
 def engine(name: str, simulation: bool, supernodes: int) -> Iterator[ProcessGroup]:
-    """Start a SuperLink, which `flwr run` knows as "ours", and SuperNodes, each in a session of its own."""
+    """Start a SuperLink, called "ours" for `flwr run`, and SuperNodes, each in its own process group."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     host, port = "127.0.0.1", free_port()
     address = f"{host}:{port}"

@@ -1,10 +1,10 @@
-"""How fast does cifar.train feed its network? Three ways of training the same model, in turn, in one process.
+"""Compare the speed of cifar.train with two other ways to train the same model, in turns, in one process.
 
     python benchmarks/input_pipeline.py [--data DIR] [--repeats 5]
 
-- classic: ImageFolder in a DataLoader, PIL, ToTensor and Normalize for every image of every epoch;
+- classic: ImageFolder in a DataLoader, with PIL, ToTensor and Normalize for every image in every epoch;
 - cifar.py: bytes in memory, normalised a batch at a time;
-- bare: one fixed, normalised batch again and again: the floor for this model in PyTorch.
+- bare: the same normalised batch in every step, which is the upper limit for this model in PyTorch.
 """
 
 import argparse

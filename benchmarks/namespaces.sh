@@ -1,5 +1,5 @@
 #!/bin/sh
-# A federation over TLS across three network namespaces with addresses of their own, as if on three machines. Needs root.
+# Run a federation over TLS in three network namespaces, as if on three machines. Requires root.
 set -eu
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)

@@ -1,10 +1,10 @@
-"""Reproduce a published table with the very network of cifar.py: FedAvg in Flower's baseline `niid_bench`.
+"""Reproduce a published table for the network of cifar.py: FedAvg in Flower's baseline `niid_bench`.
 
-    python benchmarks/niid_bench.py                      # goes on where it was interrupted; --help tells the rest
+    python benchmarks/niid_bench.py                      # continues if it was interrupted; see --help
 
-The setting is that of NIID-Bench (Li et al. 2022, section V) as Flower's baseline has it: 10 clients, all of them in
-each of 50 rounds of 10 local epochs, batch 64, SGD with lr 0.01, momentum 0.9 and weight decay 1e-5, pixels in 0..1,
-images cropped at random after reflecting 4 pixels at each edge, and flipped at random. The figure is the best accuracy
+The setting is that of NIID-Bench (Li et al. 2022, section V), as implemented in Flower's baseline: 10 clients, all of
+them in each of 50 rounds of 10 local epochs, batch size 64, SGD with lr 0.01, momentum 0.9 and weight decay 1e-5,
+pixels in 0..1, random crops after reflection padding of 4 pixels, and random flips. The result is the best accuracy
 over the rounds. This file is also the task: `python server.py --task benchmarks.niid_bench`.
 """
 
@@ -25,7 +25,7 @@ __all__ = ["Net", "find_data", "load_data", "test", "train"]
 
 PUBLISHED = {"iid": "71.32 ± 0.33", "dirichlet": "62.47 ± 0.43", "pathological": "51.17 ± 1.09"}
 EDGE = 4
-REFLECTED = torch.cat([torch.arange(EDGE, 0, -1), torch.arange(32), torch.arange(30, 30 - EDGE, -1)])  # of 40 pixels
+REFLECTED = torch.cat([torch.arange(EDGE, 0, -1), torch.arange(32), torch.arange(30, 30 - EDGE, -1)])  # 40 pixels
 
 
 def train(
@@ -60,7 +60,7 @@ def test(net: nn.Module, data: Data) -> tuple[float, float]:
 
 
 def augmented(images: Tensor, random: torch.Generator) -> Tensor:
-    """Shift each of (n, 32, 32, 3) images by up to 4 pixels, whose gap its reflection fills, and flip half of them."""
+    """Shift each of (n, 32, 32, 3) images by up to 4 pixels, with reflection padding, and flip half of them."""
     top, left = torch.randint(2 * EDGE + 1, (2, len(images), 1), generator=random)
     flipped = torch.rand(len(images), 1, generator=random) < 0.5
     across = torch.arange(32)
@@ -76,7 +76,7 @@ def scaled(images: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--data", metavar="DIR", help="as in cifar.py")
-    parser.add_argument("--partitioner", choices=PUBLISHED, action="append", help="(default: all, one after another)")
+    parser.add_argument("--partitioner", choices=PUBLISHED, action="append", help="(default: all in turn)")
     parser.add_argument("--rounds", type=int, default=50, metavar="N")
     parser.add_argument("--clients", type=int, default=10, metavar="N")
     parser.add_argument("--local-epochs", type=int, default=10, metavar="N")
@@ -97,7 +97,7 @@ def folder(partitioner: str, args: argparse.Namespace) -> Path:
 
 
 def run(partitioner: str, args: argparse.Namespace) -> int:
-    """Run or resume one federation, simulated, and return its exit status."""
+    """Run or resume a simulated federation, and return its exit status."""
     out = folder(partitioner, args)
     resume = ["--resume"] if any(out.glob("checkpoint-*.npz")) else []
     config = (

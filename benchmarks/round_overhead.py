@@ -1,13 +1,13 @@
-"""How long does a round take beyond the clients' own work? In terminals mode: a SuperLink and two SuperNodes.
+"""Measure the overhead of a round in terminals: the time beyond the clients' own work.
 
     python benchmarks/round_overhead.py [--data DIR] [--rounds 4] [--repeats 1]
 
-- ours: `python server.py` and twice `python client.py`. Overhead is a round's time less the work
-  of its slowest client, counted from where that has imported what it needs; the server's own test counts as overhead;
-- idle: the app in idle_app/, whose clients import torch, do nothing and send back as much, on Flower's own
-  SuperLink and SuperNodes with Flower's own loop: no proxy, no fork server. Its rounds are overhead altogether.
+- ours: `python server.py` and `python client.py` twice. The overhead is the time of a round minus the work of its
+  slowest client, which starts when the client has imported its modules; the server's own test is overhead;
+- idle: the app in idle_app/, whose clients import torch, do nothing and send the same amount of data back, with
+  Flower's own SuperLink, SuperNodes and loop: no proxy, no fork server. All of its time is overhead.
 
-Both without round 1, in which the server waits for its clients. Bound: ours takes at most 0.3 times as long.
+Round 1, in which the server waits for its clients, is left out. Bound: ours takes at most 0.3 times as long.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Test the models that cifar.py and server.py left behind, on the same test set.
+"""Test the models that cifar.py and server.py saved, on the same test set.
 
 python benchmarks/side_by_side.py [--data DIR]
 """

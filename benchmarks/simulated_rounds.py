@@ -1,20 +1,21 @@
-"""How long does a round of simulated clients take? server.py --simulate against a plain loop and other frameworks.
+"""Compare the time of a round of simulated clients: server.py --simulate, a plain loop and other frameworks.
 
     python benchmarks/simulated_rounds.py --pfl-python PFL/bin/python --nvflare-python NVFLARE/bin/python
     python benchmarks/simulated_rounds.py --sides plain ours --clients 10 --repeats 1
 
-All clients train in every round: LeNet, one local epoch of SGD in batches of 32, IID partitions. A round is training,
-aggregation and the central test; no client evaluates. What is counted are the rounds from the second on. With 10
-clients there is also a run of 2 rounds, from the command to its exit. Memory is the sum over all processes of a side
-(proportional set size, looked at twice a second, its peak). The sides, with as many workers as --workers says:
+All clients train in every round: LeNet, one local epoch of SGD with batch size 32, IID partitions. A round consists of
+training, aggregation and the central test; the clients do not evaluate. The first round is not counted. With 10
+clients, a run of 2 rounds is also measured from the command to its exit. Memory is the peak of the sum over all
+processes of a side (proportional set size, twice a second). The sides, with the number of workers given by --workers:
 
-- plain: peers/plain_loop.py, cifar.train in worker processes, the floor;
-- pfl: pfl-research 0.6 in an environment of its own: pip install "pfl[pytorch]==0.6.*" tqdm;
-- nvflare: NVFlare 2.9's simulator, with 10 clients only, in one of its own: pip install "nvflare==2.9.*" torch tqdm;
-- ours: `python server.py --simulate N`, which finds the number of its workers itself.
+- plain: peers/plain_loop.py, cifar.train in worker processes, the lower limit;
+- pfl: pfl-research 0.6 in its own environment: pip install "pfl[pytorch]==0.6.*" tqdm;
+- nvflare: NVFlare 2.9's simulator, only with 10 clients, in its own environment: pip install "nvflare==2.9.*" torch
+  tqdm;
+- ours: `python server.py --simulate N`, which chooses the number of workers itself.
 
-Run it on an idle machine: on a busy one Linux divides the cores by session (sched_autogroup_enabled), and torchrun
-starts a session for each of its workers, which then get several times as much as the processes of another side.
+Run it on an idle machine. On a busy one, Linux divides the cores among sessions (sched_autogroup_enabled), and torchrun
+starts a session for each of its workers, which then get several times as much as the processes of the other sides.
 """
 
 import argparse
@@ -41,7 +42,7 @@ SIDES = ("plain", "pfl", "nvflare", "ours")
 INSTALL = {"pfl": 'pip install "pfl[pytorch]==0.6.*" tqdm', "nvflare": 'pip install "nvflare==2.9.*" torch tqdm'}
 ROUNDS = 3
 WHOLE_CLIENTS, WHOLE_ROUNDS = 10, 2  # the run that is measured from its command to its exit
-NVFLARE_CLIENTS = 10  # it takes 3 s for each client in each round, so it is measured with no more of them
+NVFLARE_CLIENTS = 10  # it takes 3 s per client and round, so it is not measured with more
 BOUNDS = {10: 1.25, 100: 1.25, 1000: 1.6}  # seconds per round, ours over pfl's
 WHOLE_BOUND = 1.4
 MEMORY_BOUND = 3.0  # GB
@@ -54,9 +55,9 @@ Case = tuple[int, int]  # clients and rounds
 class Run:
     """One run of one side."""
 
-    rounds: list[float]  # seconds of each round from the second on
+    rounds: list[float]  # seconds of each round after the first
     whole: float  # seconds from the command to its exit
-    accuracy: float  # of the last model, on the whole test set
+    accuracy: float  # of the final model, on the whole test set
     memory: float  # GB, the peak of the sum over all processes
 
 
@@ -77,7 +78,7 @@ def command(side: str, case: Case, out: Path, args: argparse.Namespace) -> list[
 
 
 def measure(side: str, case: Case, args: argparse.Namespace) -> Run:
-    """Run a side once. Raises LaunchError if it fails, or if a client was left out of a round."""
+    """Run a side once. Raises LaunchError if it fails, or if not all clients trained in every round."""
     out = FOLDER / side
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -96,7 +97,7 @@ def measure(side: str, case: Case, args: argparse.Namespace) -> Run:
 
 
 def watch(process: "subprocess.Popen[str]") -> float:
-    """Wait for a process to end, and return the most memory that it and its descendants took together, in GB."""
+    """Wait until a process ends, and return the peak memory of it and its descendants together, in GB."""
     most = 0
     while process.poll() is None:
         most = max(most, memory_of(process.pid))
@@ -111,16 +112,16 @@ def memory_of(pid: int) -> int:
     with suppress(psutil.Error):
         parent = psutil.Process(pid)
         for process in [parent, *parent.children(recursive=True)]:
-            with suppress(psutil.Error):  # it has just ended
+            with suppress(psutil.Error):  # it has ended meanwhile
                 total += process.memory_full_info().pss
     return total
 
 
 def usable(side: str, python: str | None) -> bool:
-    """Tell whether a side's package, which has its name, is there; print how to install it if not."""
+    """Return whether a side's package is installed; print how to install it if not."""
     if python is None or subprocess.run([python, "-c", f"import {side}"], capture_output=True).returncode == 0:
         return True
-    print(f"{side} is skipped: {python} cannot import it; run `{INSTALL[side]}` in an environment of its own, "
+    print(f"{side} is skipped: {python} cannot import it; run `{INSTALL[side]}` in a separate environment, "
           f"and pass --{side}-python PATH")  # fmt: skip
     return False
 
@@ -141,7 +142,7 @@ def show_runs(case: Case, side: str, runs: list[Run]) -> None:
 
 
 def show_ratios(case: Case, ours: list[Run], pfl: list[Run]) -> None:
-    """Print what ours takes relative to pfl-research, repeat by repeat, with the bound."""
+    """Print the time of ours relative to pfl-research, of each repeat, with the bound."""
     clients, rounds = case
     if rounds == ROUNDS:
         what, bound = "seconds per round", BOUNDS.get(clients, "none")
@@ -153,7 +154,7 @@ def show_ratios(case: Case, ours: list[Run], pfl: list[Run]) -> None:
 
 
 def show_summary(runs: dict[Case, dict[str, list[Run]]]) -> None:
-    print("\nAll repeats: median (least to most), and the most memory")
+    print("\nAll repeats: median (minimum to maximum), and peak memory")
     show_header()
     for case, sides in runs.items():
         for side, each in sides.items():
@@ -172,7 +173,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--clients", type=int, nargs="*", default=[*BOUNDS], metavar="N")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    parser.add_argument("--no-whole", action="store_true", help="leave out the run from command to exit")
+    parser.add_argument("--no-whole", action="store_true", help="skip the run from command to exit")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="(all cores)")
     parser.add_argument("--pfl-python", default=sys.executable, metavar="PATH", help="has pfl-research")
     parser.add_argument("--nvflare-python", default=sys.executable, metavar="PATH", help="has NVFlare")
@@ -182,7 +183,7 @@ def read_options() -> argparse.Namespace:
 def benchmark() -> int:
     args = read_options()
     args.data = cifar.find_data(args.data)
-    cifar.load_data(args.data)  # decodes the images once, so that no side has to
+    cifar.load_data(args.data)  # decodes the images, so that no side has to
     pythons = {"pfl": args.pfl_python, "nvflare": args.nvflare_python}
     sides = [side for side in args.sides if usable(side, pythons.get(side))]
     cases = [(clients, ROUNDS) for clients in args.clients]

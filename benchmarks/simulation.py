@@ -1,16 +1,16 @@
-"""How long does the work of Flower's quickstart-pytorch take? By the clock, start-up included, both simulated.
+"""Compare server.py --simulate with Flower's quickstart-pytorch: the time of the same work, including start-up.
 
     python benchmarks/simulation.py --data DIR [--repeats 1]
 
 The work: 2 simulated clients, 3 rounds of 1 local epoch, LeNet, SGD with momentum 0.9, batch 32, learning rate 0.01.
-DIR holds train/<class>/ and test/<class>/ images.
+DIR has images in train/<class>/ and test/<class>/.
 
-- ours: `python server.py --simulate 2`, from its start to its end; each client trains on all of its half;
+- ours: `python server.py --simulate 2`, from its start to its end; each client trains on all of its half of the data;
 - quickstart: the app in quickstart/, from the start of its SuperLink to its ServerApp's last line, with the engine's
-  defaults: two cores per client, a look for replies every three seconds. Each client trains on 80 % of its half.
+  defaults: two cores per client, polling for replies every three seconds. Each client trains on 80 % of its half.
 
-Both start on the same engine with the same environment, and both test each round's model on the clients and on all
-of DIR/test. cifar.py decodes a folder of images once and for all; that is done, and timed, before the repeats.
+Both use the same engine and the same environment, and both test each round's model on the clients and on all of
+DIR/test. cifar.py decodes a folder of images once; this is done, and timed, before the repeats.
 """
 
 import argparse

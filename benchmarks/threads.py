@@ -1,15 +1,15 @@
-"""What do threads do to clients that share a machine? Samples per second of cifar.train, in processes side by side.
+"""Measure how threads slow down clients on one machine: samples per second of cifar.train in parallel processes.
 
     python benchmarks/threads.py [--data DIR] [--repeats 3]
     python benchmarks/threads.py --data DIR --federated [--rounds 3]
 
 - alone: one process with one thread;
-- one each: two processes with one thread each, which is what two clients on two cores get;
-- default: two processes with as many threads each as torch takes by itself, the trap.
+- one each: two processes with one thread each, like two clients on two cores;
+- default: two processes, each with as many threads as torch starts by default.
 
-With --federated, the lone process is compared with the real thing: `python server.py` and twice `python client.py`,
-by the samples per second that the clients print. Those include opening the data. Bound: at least 0.9 of the lone one.
-Of two processes the slower one counts, since it is what a round waits for. Each is a fresh one, as a client's is, and
+With --federated, the single process is compared with real clients, `python server.py` and `python client.py` twice, by
+the samples per second that the clients print, which include opening the data. Bound: at least 0.9 of the single
+process. Of two processes the slower one counts, since a round waits for it. Each process is new, like a client's, and
 trains for an epoch on half of the training set.
 """
 
@@ -34,7 +34,7 @@ LINE = re.compile(r"round \d+: trained on ([\d,]+) samples, loss .*, ([\d.]+) s"
 
 
 def worker(data: str) -> None:
-    """Get ready to train, wait for a line, train, and print the samples per second."""
+    """Prepare to train, wait for a line, train, and print the samples per second."""
     images, labels = cifar.load_data(data)[0]
     half = len(labels) // CLIENTS
     samples = images[:half].clone(), labels[:half].clone()
@@ -46,7 +46,7 @@ def worker(data: str) -> None:
 
 
 def measure(data: str, processes: int, **environment: str) -> float:
-    """Return the samples per second of the slowest of `processes` workers that train side by side."""
+    """Return the samples per second of the slowest of `processes` workers that train in parallel."""
     command = [__file__, "--worker", "--data", data]
     with programs(*[command] * processes, **environment) as workers:
         if all(READY in worker.stdout for worker in workers):
@@ -91,7 +91,7 @@ def command() -> int:
     if args.worker:
         worker(args.data)
         return 0
-    os.environ.pop("OMP_NUM_THREADS", None)  # it would be the default of all
+    os.environ.pop("OMP_NUM_THREADS", None)  # otherwise it would replace torch's default
     data = cifar.find_data(args.data)
     samples = len(cifar.load_data(data)[0][1])
     print(f"{data}: {samples // CLIENTS:,} samples per process, {os.cpu_count()} cores", flush=True)

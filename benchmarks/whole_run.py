@@ -1,11 +1,11 @@
-"""How long does a whole run in three terminals take, beside an earlier version of this project?
+"""Compare the time of a whole run in three terminals with that of an earlier version of this project.
 
     git worktree add ../earlier 2bd5bd7
     python benchmarks/whole_run.py --baseline ../earlier [--data DIR] [--rounds 3] [--repeats 3]
 
-A run is `python server.py` and twice `python client.py`, started together: from the first command to the last exit.
-The two versions take turns, in the same environment. Both must come to the same weights. Bound: this version takes at
-most 0.45 times as long.
+A run is `python server.py` and `python client.py` twice, started together, from the first command to the last exit. The
+two versions alternate, in the same environment, and must end with the same weights. Bound: this version takes at most
+0.45 times as long.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BOUND = 0.45
 
 
 def run(checkout: Path, data: str, rounds: int) -> tuple[float, str]:
-    """Run the server and the clients of a checkout; return the seconds, and the SHA-256 of the final weights."""
+    """Run the server and the clients of a checkout; return the seconds and the SHA-256 of the final weights."""
     address, out = f"127.0.0.1:{free_port()}", FOLDER / "whole"
     shutil.rmtree(out, ignore_errors=True)
     server = ["--address", address, "--data", data, "--rounds", str(rounds), "--out", str(out)]
@@ -55,7 +55,7 @@ def command() -> int:
             seconds[name].append(taken)
             digests.add(digest)
     if len(digests) > 1:
-        raise LaunchError(f"the runs came to different weights: {', '.join(sorted(digests))}")
+        raise LaunchError(f"the runs ended with different weights: {', '.join(sorted(digests))}")
     ratios = [own / other for own, other in zip(seconds["ours"], seconds["baseline"], strict=True)]
     print(f"ours / baseline: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), "
           f"bound: at most {BOUND}")  # fmt: skip

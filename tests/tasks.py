@@ -109,3 +109,18 @@ def write_own(folder: Path) -> None:
     np.savez(folder / "data" / "samples.npz", x=x, y=(x @ directions).argmax(1))
     (folder / "my_script.py").write_text(OWN)
     (folder / "helper.py").write_text("WIDTH = 16\n")
+
+
+def write_digits(folder: Path) -> None:
+    """Make 600 training and 200 test images of ten patterns, in the files of MNIST and of Fashion-MNIST."""
+    random = np.random.default_rng(0)
+    patterns = random.integers(0, 60, (10, 7, 7), np.uint8).repeat(4, 1).repeat(4, 2)
+    for split, count in (("train", 600), ("t10k", 200)):
+        labels = random.integers(10, size=count).astype(np.uint8)
+        images = patterns[labels] * 3 + random.integers(0, 70, (count, 28, 28), np.uint8)
+        for name in ("MNIST", "FashionMNIST"):
+            raw = folder / name / "raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            for file, array in (("images-idx3", images), ("labels-idx1", labels)):
+                head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+                (raw / f"{split}-{file}-ubyte").write_bytes(head + array.tobytes())

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 client = ClientApp()
 server = ServerApp()
 
-SHAPES = {  # of the model in cifar.py, so that each message is as large as its messages are
+SHAPES = {  # of the model in cifar.py, so that messages have the same size
     "conv1.weight": (6, 3, 5, 5), "conv1.bias": (6,), "conv2.weight": (16, 6, 5, 5), "conv2.bias": (16,),
     "fc1.weight": (120, 400), "fc1.bias": (120,), "fc2.weight": (84, 120), "fc2.bias": (84,),
     "fc3.weight": (10, 84), "fc3.bias": (10,),

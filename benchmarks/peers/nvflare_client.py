@@ -1,4 +1,4 @@
-"""The client's side of nvflare_server.py: cifar.train by means of NVFlare's Client API."""
+"""The client for nvflare_server.py: cifar.train with NVFlare's Client API."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""FedAvg by NVFlare 2.9's simulator, with nvflare_client.py. Needs: pip install "nvflare==2.9.*" torch tqdm."""
+"""FedAvg in NVFlare 2.9's simulator, with nvflare_client.py. Requires: pip install "nvflare==2.9.*" torch tqdm."""
 
 import shlex
 import sys
@@ -22,7 +22,7 @@ class TestedFedAvg(FedAvg):
 
     def __init__(self, data: str, out: str, num_clients: int, num_rounds: int, persistor_id: str) -> None:
         super().__init__(num_clients=num_clients, num_rounds=num_rounds, persistor_id=persistor_id)
-        self.data, self.out = data, out  # the job's description names each argument, with the attribute's value
+        self.data, self.out = data, out  # the job is described by the attributes with the arguments' names
 
     def run(self) -> None:
         self.log, self.net, (_, self.test_data) = RoundLog(Path(self.out)), cifar.Net(), cifar.load_data(self.data)
@@ -36,7 +36,7 @@ class TestedFedAvg(FedAvg):
 
 
 def main() -> None:
-    from nvflare_server import TestedFedAvg  # by the name under which the simulator's own process imports it
+    from nvflare_server import TestedFedAvg  # under the name with which the simulator's process imports it
 
     options = read_options()
     torch.manual_seed(SEED)

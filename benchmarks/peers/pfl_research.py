@@ -1,8 +1,8 @@
-"""FedAvg by pfl-research 0.6, in as many workers as torchrun starts. Needs: pip install "pfl[pytorch]==0.6.*" tqdm.
+"""FedAvg in pfl-research 0.6, in the workers that torchrun starts. Requires: pip install "pfl[pytorch]==0.6.*" tqdm.
 
-The optimizer, its settings, the batches and the weights of the mean are those of cifar.train and FedAvg. It differs in
-this: samples are shuffled once a round and not once a batch, the losses are not summed up, and the workers share the
-central test between them.
+The optimizer, its settings, the batches and the weights of the mean are those of cifar.train and FedAvg. The
+differences: samples are gathered once per round instead of once per batch, losses are not summed, and the workers share
+the central test.
 """
 
 import inspect
@@ -35,7 +35,7 @@ DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(cif
 
 
 class Net(cifar.Net):
-    """The network, with the two functions that pfl asks for."""
+    """The network, with the two functions that pfl requires."""
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self(cifar.normalise(images)), labels)
@@ -49,7 +49,7 @@ class Net(cifar.Net):
 
 
 class Averaging(FederatedAveraging):
-    """FedAvg that never evaluates on the clients: pfl does so in the first round, whatever the frequency."""
+    """FedAvg that never evaluates on the clients, which pfl does in the first round for any frequency."""
 
     def get_next_central_contexts(self, *args: Any, **kwargs: Any) -> Any:
         contexts, model, metrics = super().get_next_central_contexts(*args, **kwargs)
@@ -57,7 +57,7 @@ class Averaging(FederatedAveraging):
 
 
 class CentralTest(CentralEvaluationCallback):
-    """pfl's own central test, of the initial model and after every round: pfl takes the initial for the first one."""
+    """pfl's central test, of the initial model and after every round; pfl would count the initial one as the first."""
 
     def on_train_begin(self, *, model: Any) -> Metrics:
         super().on_train_begin(model=model)
@@ -68,7 +68,7 @@ class CentralTest(CentralEvaluationCallback):
 
 
 class Record(TrainingProcessCallback):
-    """Writes down each round, in the first worker."""
+    """Logs each round, in the first worker."""
 
     def __init__(self, log: RoundLog) -> None:
         self.log = log

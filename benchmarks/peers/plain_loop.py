@@ -1,4 +1,4 @@
-"""FedAvg without a framework, the floor: worker processes train their share of the clients and return the sum."""
+"""FedAvg without a framework: worker processes train their share of the clients and return the sum."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +15,7 @@ Weights = dict[str, NDArray[Any]]
 
 
 class Worker:
-    """Plays a share of the clients, in a process of its own."""
+    """Runs a share of the clients, in its own process."""
 
     def __init__(self, data: str, clients: int) -> None:
         torch.set_num_threads(1)
@@ -24,7 +24,7 @@ class Worker:
         self.partitions = split(len(self.labels), clients)
 
     def train(self, weights: Weights, clients: list[int], server_round: int) -> Weights:
-        """Return the sum of the clients' weights, each times its number of samples."""
+        """Return the sum of the clients' weights, each multiplied by its number of samples."""
         totals = {name: np.zeros_like(array) for name, array in weights.items()}
         for client in clients:
             rows = self.partitions[client]

@@ -1,4 +1,4 @@
-"""CIFAR-10 the way Flower's quickstart-pytorch trains on it: a DataLoader over PIL images, built for every message."""
+"""CIFAR-10 as in Flower's quickstart-pytorch: a DataLoader over PIL images, created for every message."""
 
 import json
 from functools import cache
@@ -28,7 +28,7 @@ def lenet() -> nn.Sequential:
     )  # fmt: skip
 
 
-@cache  # the quickstart keeps its list of samples, too, for as long as a process lives
+@cache  # like the quickstart, which keeps its list of samples in the process
 def images(root: str, split: str) -> ImageFolder:
     return ImageFolder(Path(root, split), Compose([ToTensor(), Normalize((0.5,) * 3, (0.5,) * 3)]))
 

@@ -14,7 +14,7 @@ from federation.app.run_folder import write_atomically
 from federation.app.weights import encoded
 
 # Keys that may change when a run is resumed: no completed round depends on them
-RESUMABLE_KEYS = {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries"}
+RESUMABLE_KEYS = {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries", "patience"}
 Records = dict[str, ArrayRecord]  # "arrays": the global model; other names: the state of a strategy
 
 

@@ -60,6 +60,10 @@ class RunConfig(BaseModel):
     shards_per_client: Count
     group_size: Count
     train_arguments: str
+    initial: str
+    server_evaluation: bool
+    best_metric: Annotated[str, Field(pattern=r"^(server|clients|train)_[A-Za-z][\w.@%/-]*(:min|:max)?$")]
+    patience: Annotated[int, Field(ge=0, le=10**9)]
     validation_fraction: Annotated[float, Field(ge=0, le=0.9)]
     resume: bool
 
@@ -74,6 +78,18 @@ class RunConfig(BaseModel):
         if self.min_clients > self.num_clients:
             raise ValueError(f"min-clients={self.min_clients} is more than num-clients={self.num_clients}")
         return self
+
+    @property
+    def bare(self) -> bool:
+        """Whether the server needs no framework and no data: it begins with saved weights and tests no model."""
+        return self.initial.endswith(".npz") and not self.server_evaluation
+
+    @property
+    def best_key(self) -> str:
+        """The metric by which the best model is kept: the loss that there is, unless another one is chosen."""
+        if self.best_metric != "server_loss" or self.server_evaluation:
+            return self.best_metric
+        return "clients_loss" if self.fraction_evaluate else "train_loss"
 
     def values(self) -> Settings:
         """Return all values by their keys, as in pyproject.toml."""
@@ -136,6 +152,10 @@ def _explain(error: Any) -> str:
         return f"has no key {key!r}; its keys are: {', '.join(defaults())}"
     if error["type"] == "literal_error" and isinstance(value, str):
         return f"{key}={value!r} is none of: {', '.join(choices(key))}"
+    if error["type"] == "string_pattern_mismatch":
+        return (
+            f"{key}={value!r} is no metric: server_loss, clients_accuracy and the like, and :min or :max, are allowed"
+        )
     if error["type"] in ("greater_than_equal", "less_than_equal"):
         low, high = limits(key)
         return f"{key}={value!r} is out of range: {low:g} to {high:g} is allowed"

@@ -55,6 +55,8 @@ def _numbers(value: Any) -> NDArray[np.float64]:
 
 def difference(data: str, server: str) -> str:
     """Return how data with the fingerprint `data` differs from the server's, or "" if it is a copy."""
+    if not server:
+        return "the server has no data"
     if data == server:  # as they mostly are: the numbers need not be read
         return ""
     for name, (count, layout, *values), other in zip(PARTS, json.loads(data), json.loads(server), strict=True):

@@ -14,7 +14,7 @@ from federation.app.console import print_to_user
 from federation.app.cores import share_cores
 from federation.app.fingerprint import difference
 from federation.app.partition import hold_back
-from federation.app.task import build_net, client_seed, load_task, open_data, train_settings
+from federation.app.task import build_net, classes_of, client_seed, load_task, open_data, train_settings
 
 
 class Job:
@@ -43,7 +43,8 @@ class Job:
 
     def global_model(self, seed: int) -> Any:
         """Return a net that is built from `seed`, with the weights that the message brings."""
-        net = build_net(self.task, seed, self.order["classes"])
+        classes = self.order["classes"] or classes_of(self.task, self.data()[0][0])
+        net = build_net(self.task, seed, classes)
         weights.to_net(self.message.content.array_records["arrays"], net)
         return net
 

@@ -36,8 +36,8 @@ def split_data(data: Any, partitions: int, config: RunConfig) -> Parts:
     if config.partitioner in BY_GROUP:
         parts = by_group(data, partitions, config)
     else:
-        by_label = config.partitioner in BY_LABEL
-        labels = [samples.labels(one) if by_label else range(samples.count(one)) for one in data]
+        by_label, wanted = config.partitioner in BY_LABEL, data[:1] * 2 if config.validation_fraction else data
+        labels = [samples.labels(one) if by_label else range(samples.count(one)) for one in wanted]
         parts = split(labels[0], labels[1], partitions, config)
     if not config.validation_fraction:
         return parts

@@ -32,8 +32,8 @@ KEYS = (
 class Report:
     """The run folder. It is written anew, atomically, after every round, so that it can be watched, and resumed."""
 
-    def __init__(self, config: RunConfig, root: str, data: Any) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, model: Any) -> None:
+        self.config, self.model = config, model
         self.folder = Path.home() / config.out
         self.started = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,8 @@ class Report:
         self.header = ""  # of the table, as it was printed last
         self.arrays: ArrayRecord | None = None  # the global model after the last round that is complete
         self.state: Records = {}  # and what the strategy carries along
-        train, test = map(samples.count, data)
+        root = model.root
+        train, test = map(samples.count, model.data) if model.data else (0, 0)
         self.metrics: dict[str, Any] = {
             "task": config.task,
             "dataset": {"name": root or config.task, "train": train, "test": test},
@@ -52,6 +53,7 @@ class Report:
             "status": "running",
             "partitions": {},
             "clients": {},  # which client, by key, has or had which partition
+            "best": None,  # the round with the best model, by `best-metric`
             "rounds": [],
         }
         if config.resume:
@@ -66,7 +68,7 @@ class Report:
         if saved["dataset"] != self.metrics["dataset"]:
             raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
         self.arrays, self.state = records.pop("arrays"), records
-        self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions")}
+        self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions", "best")}
         print_to_user(f"resuming after round {saved['rounds'][-1]['round']}")
 
     @property
@@ -79,8 +81,18 @@ class Report:
         """How many partitions the data have been split into; 0 before that."""
         return len(self.metrics["partitions"].get("train", ()))
 
-    def remaining_rounds(self) -> range:
-        return range(self.next_round, self.config.num_server_rounds + 1)
+    def remaining_rounds(self) -> Iterator[int]:
+        """Yield the number of each round that is still to be played. With `patience`, the last may come early."""
+        while self.next_round <= self.config.num_server_rounds and not self._is_out_of_patience():
+            yield self.next_round
+
+    def _is_out_of_patience(self) -> bool:
+        best, patience = self.metrics["best"], self.config.patience
+        if not patience or best is None or self.next_round - 1 - best["round"] < patience:
+            return False
+        print_to_user(f"ended after round {self.next_round - 1}: {best['metric']} has not improved since round "
+                      f"{best['round']} (patience={patience})")  # fmt: skip
+        return True
 
     @property
     def next_round(self) -> int:
@@ -89,7 +101,7 @@ class Report:
 
     def partitions(self, parts: dict[str, list[Rows]], data: Any) -> None:
         """Note how many samples of each class each client holds."""
-        whole = data[0], data[0 if self.config.validation_fraction else 1]
+        whole = (data[0], data[0 if self.config.validation_fraction else 1]) if data else ()
         for (split, held), source in zip(parts.items(), whole, strict=False):
             self.metrics["partitions"][split] = count(samples.labels(source, one_pass=False), held)
         if parts:
@@ -106,10 +118,28 @@ class Report:
         self.metrics["rounds"].append(row)
         self.metrics["clients"] = dict(places)
         self.arrays = arrays
+        self._keep_best(row)
         with self._saving("a checkpoint"):
             save_checkpoint(self.metrics, {"arrays": arrays, **state}, self.folder)
         self._write()
         self._show(row)
+
+    def _keep_best(self, row: Mapping[str, Any]) -> None:
+        """Save the model of a round if it is the best so far."""
+        key, _, order = self.config.best_key.partition(":")
+        value, best = row.get(key), self.metrics["best"]
+        if row["round"] and value is None:
+            known = [f"{side}_{name}" for side in ("server", "clients", "train") for name in metrics.of_side(side, row)]
+            raise ValueError(f"best-metric={key}: a round has only {', '.join(known)}")
+        sign = -1 if order == "max" or (not order and not key.endswith("_loss")) else 1
+        if value is not None and (best is None or sign * value < sign * best["value"]):
+            self.metrics["best"] = {"round": row["round"], "metric": key, "value": value}
+            self._save_model("best_model")
+
+    def _save_model(self, name: str) -> str:
+        assert self.arrays is not None
+        self._save(f"{name}{self.model.suffix}", partial(self.model.save, self.arrays))
+        return f"{name}{self.model.suffix}"
 
     def _empty_row(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row in which each metric that is known is None."""
@@ -131,13 +161,10 @@ class Report:
         self.header = header
         print_to_user("  ".join(_cell(row[key], len(heading), form) for heading, key, form in columns))
 
-    def finish(self, net: Any) -> None:
+    def finish(self) -> None:
         """Save the final model."""
         assert self.arrays is not None
-        weights.to_net(self.arrays, net)
-        framework = weights.framework(net)
-        model = f"final_model{framework.suffix}"
-        self._save(model, lambda path: framework.save(net, path))
+        model = self._save_model("final_model")
         self.metrics |= {"final_weights_sha256": weights.sha256(self.arrays), "status": "finished"}
         self._write()
         if self.metrics["rounds"][-1]["fairness"]:

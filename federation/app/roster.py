@@ -15,7 +15,7 @@ from federation.app.config import RunConfig
 from federation.app.console import one_line, print_to_user
 from federation.app.fingerprint import fingerprint
 from federation.app.sources import compared, digest
-from federation.app.task import classes_of, load_task
+from federation.app.task import classes_of
 
 POLL = 0.1  # seconds between two looks for replies
 NODE_UNAVAILABLE = 5  # the code of Flower's reply in the place of a node that has gone
@@ -47,27 +47,27 @@ class Roster:
         self,
         grid: Grid,
         config: RunConfig,
-        root: str,
-        data: Any,
+        model: Any,
         places: Mapping[str, int] | None = None,
         num_partitions: int = 0,
     ) -> None:
-        """Split `data`, which are at `root`, for clients that join through `grid`.
+        """Split the data of the server's `model` for clients that join through `grid`; without any, all have their own.
 
         A run that is resumed has `num_partitions` already, and `places` says which client, by key, had which.
         """
         self.grid, self.config = grid, config
-        self.data = data
-        tested = data[0 if config.validation_fraction else 1]
-        self.counts = {"train": samples.count(data[0]), "test": samples.count(tested)}
-        self.task = load_task(config.task)
-        self.files = {name: digest(path) for name, path in compared(self.task).items()}
+        self.data = data = model.data
+        self.counts = {"train": 0, "test": 0}
+        if data:
+            tested = data[0 if config.validation_fraction else 1]
+            self.counts = {"train": samples.count(data[0]), "test": samples.count(tested)}
+        self.files = {name: digest(path) for name, path in compared(model.task).items()}
         self.facts = ConfigRecord(  # what every message tells of the server
             {
-                "data": root,
-                "fingerprint": fingerprint(data),
+                "data": model.root,
+                "fingerprint": fingerprint(data) if data else "",
                 "files": list(self.files),
-                "classes": classes_of(self.task, data[0]),
+                "classes": classes_of(model.task, data[0]) if data else 0,
             }
         )
         self.waited = 0.0  # seconds, for clients to join
@@ -80,7 +80,7 @@ class Roster:
 
     def split(self, partitions: int) -> None:
         """Split the data, once for the run. Raises ValueError where that cannot be."""
-        self.parts = partition.split_data(self.data, partitions, self.config)
+        self.parts = partition.split_data(self.data, partitions, self.config) if self.data else {}
         self.partitions = partitions
 
     def held_partitions(self) -> dict[str, list[partition.Rows]]:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import random
@@ -77,6 +78,23 @@ def _breach(task: ModuleType, name: str, arguments: tuple[str, ...]) -> str:
     missing = [argument for argument in arguments if argument not in parameters and not open_ended]
     line = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_firstlineno", "?")
     return f"has a {name}() in line {line} that takes no {', '.join(missing)}" if missing else ""
+
+
+def locate_task(name: str) -> ModuleType:
+    """Return the module of the task `name`, which is not run: only where it is becomes known.
+
+    Raises ValueError where it is not found.
+    """
+    add_task_folders()
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, ValueError):
+        spec = None
+    if spec is None or not spec.origin:
+        raise ValueError(f"task {name!r} cannot be found in {Path.cwd()}")
+    module = ModuleType(name)
+    module.__file__ = spec.origin
+    return module
 
 
 def find_data(task: ModuleType, root: str) -> str:

@@ -17,6 +17,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
+from federation.app.console import one_line
+
 Values = Mapping[str, NDArray[Any]]
 
 
@@ -29,6 +31,7 @@ class Framework(Protocol):
     def read(self, net: Any) -> Values: ...
     def write(self, net: Any, values: Values) -> None: ...
     def save(self, net: Any, path: Path) -> None: ...
+    def load(self, net: Any, path: Path) -> Values: ...
 
 
 class Keras:
@@ -51,6 +54,12 @@ class Keras:
     def save(self, net: Any, path: Path) -> None:
         net.save(path)
 
+    def load(self, net: Any, path: Path) -> Values:
+        keras = sys.modules["keras"]
+        saved = keras.saving.load_model(path, custom_objects={type(net).__name__: type(net)}, compile=False)
+        values = map(keras.ops.convert_to_numpy, saved.weights)  # other names than here: Keras numbers its layers
+        return dict(zip(self.variables(net), values, strict=True))
+
 
 class Torch:
     """A torch.nn.Module: its state_dict."""
@@ -70,11 +79,18 @@ class Torch:
             return np.asarray(tensor.float().numpy().astype(str(tensor.dtype).removeprefix("torch.")))
 
     def write(self, net: Any, values: Values) -> None:
-        net.load_state_dict({name: sys.modules["torch"].from_numpy(value) for name, value in values.items()})
+        state = {name: sys.modules["torch"].from_numpy(value) for name, value in values.items()}
+        net.load_state_dict(state, strict=False)  # which names there have to be is known already
 
     def save(self, net: Any, path: Path) -> None:
-        sys.modules["torch"].save(net.state_dict(), model := io.BytesIO())
+        state, federated = net.state_dict(), federated_names(net)
+        state = state if federated is None else {name: state[name] for name in federated}
+        sys.modules["torch"].save(state, model := io.BytesIO())
         path.write_bytes(model.getvalue())
+
+    def load(self, net: Any, path: Path) -> Values:
+        state = sys.modules["torch"].load(path, map_location="cpu", weights_only=True)
+        return {name: self.numpy(name, tensor) for name, tensor in state.items()}
 
 
 class Flax:
@@ -101,11 +117,37 @@ class Flax:
         nnx.update(net, nnx.from_flat_state(new))
 
     def save(self, net: Any, path: Path) -> None:
-        values: dict[str, Any] = {name: array.numpy() for name, array in from_net(net).items()}
-        np.savez(path, **values)
+        save_arrays(from_net(net), path)
+
+    def load(self, net: Any, path: Path) -> Values:
+        return load_arrays(path)
 
 
-FRAMEWORKS: tuple[Framework, ...] = (Keras(), Torch(), Flax())  # a Keras model on torch is a torch.nn.Module, too
+class Arrays:
+    """A dictionary of NumPy arrays, for models without a class that is known here. It is changed in place."""
+
+    model, suffix = "builtins.dict", ".npz"
+
+    def read(self, net: Any) -> Values:
+        return {name: np.asarray(value) for name, value in net.items()}
+
+    def write(self, net: Any, values: Values) -> None:
+        for name, value in values.items():
+            net[name][...] = value
+
+    def save(self, net: Any, path: Path) -> None:
+        save_arrays(from_net(net), path)
+
+    def load(self, net: Any, path: Path) -> Values:
+        return load_arrays(path)
+
+
+FRAMEWORKS: tuple[Framework, ...] = (
+    Keras(),
+    Torch(),
+    Flax(),
+    Arrays(),
+)  # a Keras model on torch is a torch.nn.Module, too
 
 
 def framework(net: Any) -> Framework:
@@ -123,19 +165,77 @@ def framework(net: Any) -> Framework:
 
 
 def from_net(net: Any) -> ArrayRecord:
-    """Return all weights and buffers of `net`, by name. Raises ValueError if there are none, or other objects."""
-    values = framework(net).read(net)
+    """Return all weights and buffers of `net`, by name, or those that its trainable() names.
+
+    Raises ValueError if there are none, or other objects.
+    """
+    values = _federated(net)
     if not values:
         raise ValueError("Net() returned a model without weights; if it creates them later, give it its input shape")
     return ArrayRecord({name: encoded(value) for name, value in values.items()})
 
 
+def federated_names(net: Any) -> list[str] | None:
+    """Return the names of the weights that a model wants to be federated; None for all."""
+    return list(net.trainable()) if callable(getattr(net, "trainable", None)) else None
+
+
+def _federated(net: Any) -> Values:
+    values, names = framework(net).read(net), federated_names(net)
+    if unknown := sorted({*(names or ())} - values.keys()):
+        raise ValueError(f"trainable() of the model names {unknown[0]}, which is not among its weights")
+    return values if names is None else {name: values[name] for name in names}
+
+
 def to_net(arrays: ArrayRecord, net: Any) -> None:
     """Copy `arrays` into `net`. Raises ValueError if a name, a shape or a dtype does not match."""
-    ours = framework(net)
-    held = {name: (str(value.dtype), value.shape) for name, value in ours.read(net).items()}
+    held = {name: (str(value.dtype), value.shape) for name, value in _federated(net).items()}
     _compare(_layout(arrays), held)
-    ours.write(net, _values(arrays))
+    framework(net).write(net, _values(arrays))
+
+
+def save_arrays(arrays: ArrayRecord, path: Path) -> None:
+    """Write a model that no framework is needed to read: a NumPy archive, in the model's own order."""
+    values: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
+    np.savez(path, **values)
+
+
+def load_arrays(path: Path) -> Values:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+        return dict(saved)
+
+
+def read_model(path: Path, net: Any = None) -> ArrayRecord:
+    """Return the weights that are saved in a file: of the framework of `net`, or a NumPy archive of arrays by name.
+
+    Raises ValueError where that is missing or damaged, or does not fit `net`.
+    """
+    try:
+        is_archive = net is None or path.suffix == ".npz"
+        values = load_arrays(path) if is_archive else framework(net).load(net, path)
+    except Exception as error:  # each format has its own
+        why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        formats = (
+            ".npz, since a server without the framework reads no other" if net is None else ".npz or the model's own"
+        )
+        raise ValueError(f"cannot read the model {path}: {why} (formats: {formats})") from None
+    held = {} if net is None else _federated(net)
+    arrays = ArrayRecord({name: encoded(_like(value, held.get(name))) for name, value in values.items()})
+    if net is not None:
+        _explain_misfit(path, arrays, held)
+    return arrays
+
+
+def _like(value: NDArray[Any], held: NDArray[Any] | None) -> NDArray[Any]:
+    """Return a value in the dtype that the model has: an archive may hold it in another, as NumPy lacks some."""
+    return value if held is None else np.asarray(value).astype(held.dtype, copy=False)
+
+
+def _explain_misfit(path: Path, arrays: ArrayRecord, held: Values) -> None:
+    try:
+        _compare(_layout(arrays), {name: (str(value.dtype), value.shape) for name, value in held.items()})
+    except ValueError as error:
+        raise ValueError(f"the model {path} is another one than Net() makes: {error}") from None
 
 
 _last: list[tuple[weakref.ref[ArrayRecord], Values]] = []

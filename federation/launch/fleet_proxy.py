@@ -1,14 +1,14 @@
-"""The proxy in front of the SuperLink, and the only part of the server that clients connect to.
+"""The proxy in front of the SuperLink: the only part of the server that clients connect to.
 
-A SuperLink serves three APIs on one port. The one for clients may ask for their keys; but the one that starts runs,
-and registers keys, asks nobody who they are. So the SuperLink listens to this machine only, and the proxy passes on the
-calls of clients and nothing else. It also ends TLS.
+A SuperLink serves three APIs on one port. The API for clients can require keys, but the API that starts runs and
+registers keys has no authentication. Therefore the SuperLink only accepts connections from this machine, and the proxy
+forwards the calls of clients and nothing else. It also terminates TLS.
 
-And it makes clients fast. A SuperNode that finds no message sleeps for three seconds, and one that finds a message
-before all of it has been uploaded sleeps for one. So the proxy holds an answer that says "not yet": it asks the
-SuperLink again until there is another one, for up to HOLD seconds (long polling).
+The proxy also makes rounds faster. A SuperNode that finds no message waits for three seconds before it asks again, and
+one second if it finds a message that is not completely uploaded. Therefore the proxy holds such an answer and repeats
+the call until the answer changes, for up to HOLD seconds (long polling).
 
-The SuperLink sees whole requests only: how long strangers may take over theirs is a matter of limits.py.
+The SuperLink only receives complete requests; limits.py limits how long clients may take to send them.
 """
 
 import argparse
@@ -41,17 +41,17 @@ HOP_BY_HOP = {
     "trailer",
     "transfer-encoding",
     "upgrade",
-}  # for one hop
+}  # these belong to one connection
 HOP_BY_HOP |= {"host", "date", "server"}
-NOT_YET = {  # by call, the answer that is held
+NOT_YET = {  # the answers that are held, by call
     "pull-messages": b"",  # there is no message
     "pull-object": b"\x08\x01",  # object_found is true, object_available is not, and there is no content
 }
-HOLD = 20.0  # seconds; a SuperNode waits 30 for an answer
-PACE = 0.05  # seconds between two questions, of all clients together
-BACKLOG = 128  # connections that are accepted at once, or wait for that
-SUPERLINK = 256  # connections to the SuperLink: it has 1,024 descriptors, as most systems grant
-LONGEST_TURN = 5.0  # seconds until each client's question has been asked again, however many wait
+HOLD = 20.0  # seconds; the timeout of a SuperNode is 30
+PACE = 0.05  # seconds between two repeated calls, of all clients together
+BACKLOG = 128  # connections that are accepted at once, or wait to be accepted
+SUPERLINK = 256  # connections to the SuperLink, which usually has 1,024 file descriptors
+LONGEST_TURN = 5.0  # seconds until the calls of all waiting clients have been repeated
 
 
 class TooLargeError(Exception):
@@ -59,9 +59,9 @@ class TooLargeError(Exception):
 
 
 class Turns:
-    """Lets those who wait ask one after the other, at a steady pace whatever their number.
+    """Lets the waiting calls proceed one after another, at a pace that does not depend on their number.
 
-    Once one of them has got an answer, the others follow at once: most messages are sent to many clients together.
+    If one of them gets an answer, the others follow immediately, since most messages are sent to many clients at once.
     """
 
     def __init__(self) -> None:
@@ -84,23 +84,23 @@ class Turns:
 
 
 class FleetProxy:
-    """Passes the calls of clients on to the SuperLink at a URL."""
+    """Forwards the calls of clients to the SuperLink at a URL."""
 
     def __init__(self, superlink: str, ca: Path | None) -> None:
         verify = ssl.create_default_context(cafile=ca) if ca else False
         limits = httpx.Limits(max_connections=SUPERLINK)
         self.client = httpx.AsyncClient(base_url=superlink, verify=verify, timeout=None, trust_env=False, limits=limits)
-        self.client.headers.clear()  # it would ask for compressed answers, whatever the caller can read
+        self.client.headers.clear()  # they ask for compressed answers, which the caller may not understand
         self.turns = Turns()
 
     async def pass_on(self, request: Request) -> Response:
-        """Answer one call."""
+        """Answer a call."""
         call = request.path_params.get("call")
         if call is not None and not re.fullmatch("[a-z-]+", call):
             return PlainTextResponse("no such call", 404)
         if request.headers.get("upgrade", "").lower() == "websocket":
             return PlainTextResponse("no WebSocket", 400)
-        path = f"/v1/fleet/{call}" if call else "/health"  # not from request.url, which the Host header is a part of
+        path = f"/v1/fleet/{call}" if call else "/health"  # request.url depends on the Host header
         try:
             question = await whole_body(request)
             if call in NOT_YET:
@@ -109,24 +109,24 @@ class FleetProxy:
         except TooLargeError:
             return PlainTextResponse("too large", 413)
         except ClientDisconnect:
-            return PlainTextResponse("incomplete", 400)  # nobody reads that
+            return PlainTextResponse("incomplete", 400)  # which nobody reads
         except httpx.TransportError:
             return PlainTextResponse("the SuperLink does not answer", 502)
 
     async def forward(self, request: Request, path: str, question: bytes) -> Response:
-        """Pass on a request, and the answer piece by piece."""
+        """Forward a request, and stream the answer back."""
         answer = await self.ask(request, path, question)
         response = StreamingResponse(answer.aiter_raw(), answer.status_code, background=BackgroundTask(answer.aclose))
         response.raw_headers = _without(answer.headers.raw)
         return response
 
     async def hold(self, request: Request, path: str, question: bytes, not_yet: bytes) -> Response:
-        """Pass on a request again and again until the answer is another one than `not_yet`, or time is over."""
+        """Repeat a request until the answer is different from `not_yet`, or until HOLD seconds have passed."""
         deadline = time.monotonic() + HOLD
         answer, content = await self.whole(request, path, question)
         while answer.status_code == 200 and content == not_yet and time.monotonic() < deadline:
             await self.turns.next()
-            if await request.is_disconnected():  # a message for one who has gone would be lost
+            if await request.is_disconnected():  # otherwise its message would be lost
                 raise ClientDisconnect
             answer, content = await self.whole(request, path, question)
             if content != not_yet:
@@ -136,7 +136,7 @@ class FleetProxy:
         return response
 
     async def whole(self, request: Request, path: str, question: bytes) -> tuple[httpx.Response, bytes]:
-        """Ask the SuperLink, and return its answer and the bytes of that, as they were sent."""
+        """Return the SuperLink's answer and its body, without decoding it."""
         answer = await self.ask(request, path, question)
         try:
             return answer, b"".join([piece async for piece in answer.aiter_raw()])
@@ -150,9 +150,9 @@ class FleetProxy:
 
 
 def proxy(superlink: str, ca: Path | None = None, imports: Sequence[str] = ()) -> Starlette:
-    """Return an app that passes the calls of clients on to the SuperLink at that URL.
+    """Return an app that forwards the calls of clients to the SuperLink at a URL.
 
-    By itself it tells them which modules of frameworks the task `imports`, so that they need not wait for the task.
+    It also serves the names of the framework modules that the task `imports`, so that clients can import them early.
     """
     pass_on = FleetProxy(superlink, ca).pass_on
     calls = [Route("/health", pass_on, methods=["GET"]), Route("/v1/fleet/{call}", pass_on, methods=["POST"])]
@@ -163,7 +163,7 @@ def proxy(superlink: str, ca: Path | None = None, imports: Sequence[str] = ()) -
 
 
 async def whole_body(request: Request) -> bytes:
-    """Return the body of a request once all of it has come. Raises TooLargeError."""
+    """Return the body of a request once it is complete. Raises TooLargeError."""
     pieces, size = [], 0
     async for piece in request.stream():
         size += len(piece)
@@ -180,12 +180,12 @@ def _without(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 
 
 def served(app: ASGIApp, connections: Connections, host: str, port: int) -> uvicorn.Config:
-    """Return how uvicorn is to serve a proxy, which is open for `connections`."""
+    """Return the settings with which uvicorn serves a proxy that accepts `connections`."""
     return uvicorn.Config(
         Limited(app, connections), host, port, http=connections.protocol(), ws="none", lifespan="off",
-        loop="asyncio",  # in uvloop, TLS after pause_reading never gets on
+        loop="asyncio",  # with uvloop, start_tls never returns after pause_reading
         backlog=BACKLOG, log_level="warning",
-        timeout_graceful_shutdown=0,  # those who wait for a message are not waited for at the end
+        timeout_graceful_shutdown=0,  # do not wait for held calls
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def main() -> None:
     args = parser.parse_args()
     connections = Connections(most_connections(), certificate(args.tls) if args.tls else None)
     app = proxy(args.superlink, args.superlink_ca, json.loads(args.imports.read_text("utf-8")) if args.imports else ())
-    gc.freeze()  # a handshake that fails leaves its buffers, 256 KiB, to the garbage collector: so that it comes often
+    gc.freeze()  # a failed handshake leaves 256 KiB to the garbage collector, so run it often
     gc.set_threshold(200, 5, 5)
     uvicorn.Server(served(app, connections, args.host, args.port)).run()
 

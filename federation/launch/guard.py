@@ -1,7 +1,7 @@
-"""The guard: a process that outlives a launcher, and then kills what it has left behind.
+"""The guard: a process that outlives a launcher and then kills the processes that the launcher leaves behind.
 
-Everything that a launcher starts carries a mark in its environment. The guard waits for its parent to end, however it
-ends, and then kills whatever carries the mark: nothing of ours survives Ctrl-C or `kill -9`.
+All processes that a launcher starts have a mark in their environment. The guard waits until its parent ends, for
+whatever reason, and then kills all processes with this mark, so that none survives Ctrl-C or `kill -9`.
 """
 
 import os
@@ -14,7 +14,7 @@ import psutil
 
 
 def guard(variable: str, home: Path) -> None:
-    """Wait until the parent closes our standard input or dies, then kill all processes that it has started."""
+    """Wait until the parent ends or closes this process's standard input, then kill all processes that it started."""
     with suppress(OSError):
         sys.stdin.read()
     kill_all(variable, home.name)
@@ -22,10 +22,10 @@ def guard(variable: str, home: Path) -> None:
 
 
 def kill_all(variable: str, mark: str) -> None:
-    """Kill all processes that carry the mark in an environment variable, and those that they start meanwhile.
+    """Kill all processes with the mark in an environment variable, including those that they start meanwhile.
 
-    Ray's agents write their title over their environment, so they are found by their session: each process that
-    carries the mark belongs to a session that a launcher has started.
+    Ray's agents overwrite their environment with their title. They are found by their session: all processes with the
+    mark are in sessions that were created by a launcher.
     """
     sessions: set[int] = set()
     while marked := _marked(variable, mark, sessions):
@@ -36,7 +36,7 @@ def kill_all(variable: str, mark: str) -> None:
 
 
 def _marked(variable: str, mark: str, sessions: set[int]) -> list[psutil.Process]:
-    """Return the processes that carry the mark or belong to one of `sessions`, to which theirs are added."""
+    """Return the processes that have the mark or are in one of `sessions`; add their sessions to `sessions`."""
     alive = [process for process in psutil.process_iter() if _is_alive(process)]
     carriers = {process.pid for process in alive if _value(process, variable) == mark}
     sessions |= {_session(pid) for pid in carriers} - {_session(0), 0}
@@ -50,7 +50,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _session(pid: int) -> int:
-    """Return the session of a process, 0 being this one; 0 where there is none, as on Windows."""
+    """Return the session of a process (0: of this process), or 0 if there are no sessions, as on Windows."""
     with suppress(OSError, AttributeError):
         return os.getsid(pid)
     return 0

@@ -40,7 +40,7 @@ def host_run(
         console = ours.open_console()
         register = KeyRegistry(ours, tls / "clients") if tls and (tls / "clients").is_dir() else None
         needed = warm.frameworks_of(run_config.task, [Path.cwd(), SCRIPTS], with_tensorflow=not federation_config)
-        ours.expect(needed, at_once=True)
+        ours.expect([] if run_config.bare else needed, at_once=True)
         superlink, ca = start_superlink(ours, inside, federation_config is not None, register is not None)
         preparation = Preparation(ours, run_config)
         found = preparation.found(tried=federation_config is None)

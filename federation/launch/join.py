@@ -1,4 +1,4 @@
-"""Joining a run: the SuperNode of a client, as long as the run lasts."""
+"""Join a run: start a client's SuperNode, and restart it if the server goes away and comes back."""
 
 import json
 import subprocess
@@ -15,15 +15,15 @@ from federation.launch.place import place_on_host
 from federation.launch.process_group import ProcessGroup, process_group, relay
 from federation.security import certificates
 
-LOST_AFTER = 20  # seconds without an answer, after which a client takes its server for gone
-FORGOTTEN_AFTER = 65  # seconds after which a server has noticed that a client is gone
+LOST_AFTER = 20  # seconds without an answer after which a client considers its server gone
+FORGOTTEN_AFTER = 65  # seconds after which a server considers a client gone
 
 
 def join_run(server: Address, wait: float, node_config: Settings, threads: int | None, tls: Path | None = None) -> int:
-    """Run a SuperNode until its run has ended and return the exit status.
+    """Run a SuperNode until the run has ended, and return the exit status.
 
-    Waits up to `wait` seconds for the server, at the start and whenever it goes away. Raises LaunchError after that,
-    and where the server refuses this client. `tls` is the folder of the authority's certificate, and of a key.
+    Waits up to `wait` seconds for the server, at the start and whenever it goes away. Raises LaunchError if it does not
+    come, or if it refuses this client. `tls` is the folder with the authority's certificate and the client's key.
     """
     environment = dict.fromkeys(THREADS, str(threads)) if threads else {}
     with place_on_host() as (name, log), process_group(log, environment) as ours:
@@ -37,9 +37,9 @@ def join_run(server: Address, wait: float, node_config: Settings, threads: int |
             status = relay(supernode, ours.log)
             if status is not None:
                 with suppress(subprocess.TimeoutExpired):
-                    supernode.wait(5 * status)  # lets it deliver the reason of a failure
+                    supernode.wait(5 * status)  # so that it can send the reason of a failure
                 return status
-            watcher.join()  # it ends all that is ours: not the next SuperNode, please
+            watcher.join()  # it stops all processes of this client, so the next SuperNode must start later
             if "SuperNode ID" in Path(log).read_text("utf-8"):
                 print(f"lost the server at {shown(server)}", flush=True)
                 refusals = 0
@@ -49,7 +49,7 @@ def join_run(server: Address, wait: float, node_config: Settings, threads: int |
 
 
 def identity(name: str, tls: Path | None) -> Settings:
-    """Return a client's name, and what tells it from all others: its key, or else its place and its machine."""
+    """Return a client's name and its unique identity: its key or, without one, its place and machine."""
     key = certificates.client_key(tls)
     return {"name": name, "key": certificates.fingerprint(key) if key else f"{name} {uuid.getnode():x}"}
 
@@ -70,38 +70,38 @@ def start_supernode(
 
 
 def refused(server: Address, ours: ProcessGroup, tls: Path | None, again: bool) -> None:
-    """Wait before a second try, where a server does not take a client's key. Raises LaunchError for all else.
+    """Wait for a second attempt if the server rejects a client's key. Raises LaunchError in all other cases.
 
-    Flower has one answer for a key that it does not know, and for one whose client it takes for connected: for a minute
-    after a kill, too. A client that came back within that minute would be there before the server has seen it go.
-    So nobody on this side can tell which of the two it is.
+    Flower gives the same answer for an unknown key and for the key of a client that it considers connected, which it
+    still does for a minute after that client was killed. The client cannot tell these cases apart, so it tries again
+    after that minute.
     """
     key = certificates.client_key(tls)
     if "Failed to activate" not in Path(ours.log.name).read_text("utf-8") or not key:
         why = "it requires a client key" if tls and not key else ours.last_error()
-        raise LaunchError(f"the server at {shown(server)} turned this client away: {why}")
-    not_taken = f"the server at {shown(server)} does not take {key}"
+        raise LaunchError(f"the server at {shown(server)} refused this client: {why}")
+    rejected = f"the server at {shown(server)} rejected {key}"
     if again:
-        raise LaunchError(f"{not_taken}: either its folder clients lacks the public one, so copy that there; "
-                          "or another client with this key is connected, so give each a key of its own")  # fmt: skip
-    print(f"{not_taken}: it does not know it, or a client with this key is connected, or was until it was killed "
-          f"within the last minute; trying once more in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
+        raise LaunchError(f"{rejected}: either the public key is not in its folder clients, then copy it there; "
+                          "or another client uses this key now, then give each client its own key")  # fmt: skip
+    print(f"{rejected}: it does not know this key, or a client with this key is connected, or was killed within the "
+          f"last minute; trying again in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
     time.sleep(FORGOTTEN_AFTER)
 
 
 def watch(ours: ProcessGroup, supernode: "subprocess.Popen[str]", server: Address, tls: Path | None) -> None:
-    """End a SuperNode whose server has gone for some time: left to itself, it would wait for ever and say nothing."""
+    """Stop a SuperNode if its server does not answer for some time; it would wait forever, without any message."""
     answered = time.monotonic()
     while supernode.poll() is None and time.monotonic() - answered < LOST_AFTER:
         with suppress(LaunchError):
-            if is_up(server, tls and tls / "ca.crt", timeout=LOST_AFTER / 2):  # a link may be slow
+            if is_up(server, tls and tls / "ca.crt", timeout=LOST_AFTER / 2):  # the network may be slow
                 answered = time.monotonic()
         time.sleep(2)
-    ours.stop()  # what a SuperNode leaves behind holds its output open, and would be waited for in vain
+    ours.stop()  # including processes that the SuperNode leaves behind, which would keep its output open
 
 
 def wait_for_server(server: Address, wait: float, tls: Path | None) -> None:
-    """Return once a server answers. Raises LaunchError after `wait` seconds, or where TLS fails."""
+    """Return once the server answers. Raises LaunchError after `wait` seconds, or if TLS fails."""
     deadline, ca = time.monotonic() + wait, tls and tls / "ca.crt"
     if not is_up(server, ca):
         print(f"waiting for a server at {shown(server)} (up to {wait:g} s)", flush=True)

@@ -1,4 +1,4 @@
-"""Who may join: the clients whose public keys are in a folder, as long as they are there."""
+"""Register the public keys in a folder with the SuperLink: the clients that have these keys may join."""
 
 import json
 import subprocess
@@ -9,24 +9,24 @@ from typing import Any
 
 from federation.launch.process_group import ProcessGroup
 
-LOOK = 2  # seconds between two looks into the folder
+LOOK = 2  # seconds after which the folder is read again
 
 
 class KeyRegistry:
-    """The SuperLink's register of public keys, kept the same as a folder of files NAME.pub."""
+    """Keeps the SuperLink's registered public keys in sync with a folder of files NAME.pub."""
 
     def __init__(self, ours: ProcessGroup, folder: Path) -> None:
         self.ours, self.folder = ours, folder
-        self.nodes: dict[str, int] = {}  # by public key; 0 for one that was refused
+        self.nodes: dict[str, int] = {}  # by public key; 0 for a key that was refused
 
     def update(self) -> None:
-        """Register what has come into the folder, and remove what has left it."""
+        """Register keys that were added to the folder, and unregister those that were removed."""
         keys = {_key(path): path for path in sorted(self.folder.glob("*.pub"))}
         new = [key for key in keys if key not in self.nodes]
         with ThreadPoolExecutor(4) as several:  # each call takes a second or two
             self.nodes |= zip(new, several.map(self.add, [keys[key] for key in new]), strict=True)
         for key in [key for key in self.nodes if key not in keys]:
-            if self.remove(self.nodes[key]):  # or else it could still join: the next look tries again
+            if self.remove(self.nodes[key]):  # otherwise it can still join, so try again next time
                 del self.nodes[key]
 
     def show(self) -> None:
@@ -34,7 +34,7 @@ class KeyRegistry:
         print(f"{known} {'key' if known == 1 else 'keys'} may join, of {self.folder}", flush=True)
 
     def watch(self) -> None:
-        """Go on for ever, and say who comes and goes."""
+        """Update forever, and print the number of keys when it changes."""
         while True:
             time.sleep(LOOK)
             before = set(self.nodes)
@@ -50,7 +50,7 @@ class KeyRegistry:
         else:
             result = self.flwr("register", str(path))
         if not result.get("success"):
-            print(f"{path} is left out: {result.get('error-message', 'it is not a public key')}", flush=True)
+            print(f"{path} is skipped: {result.get('error-message', 'it is not a public key')}", flush=True)
         return int(result.get("node-id", 0))
 
     def remove(self, node: int) -> bool:
@@ -58,7 +58,7 @@ class KeyRegistry:
         return bool(result.get("success")) or "Node ID not found" in str(result.get("error-message"))
 
     def flwr(self, *command: str) -> dict[str, Any]:
-        """Run `flwr supernode …` and return what it says."""
+        """Run `flwr supernode …` and return its result."""
         result = subprocess.run(
             ["flwr", "supernode", *command, "ours", "--format", "json"],
             env=self.ours.environment, capture_output=True, text=True, stdin=subprocess.DEVNULL,
@@ -70,7 +70,7 @@ class KeyRegistry:
 
 
 def _key(path: Path) -> str:
-    """Return what tells a public key from others, so not its comment; the path, where that cannot be read."""
+    """Return a public key without its comment, or the path if the file cannot be read."""
     try:
         return " ".join(path.read_text("utf-8").split()[:2])
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""Limits on the connections to the proxy: how many there may be, and how long each may take over a request.
+"""Limits on the connections to the proxy: on their number, and on the time that a request may take.
 
-Who connects is a stranger until the SuperLink has answered one of their calls with 200. Strangers cannot keep clients
-out: where there are too many of them, each new connection closes the oldest one of a stranger. A client is through
-with its request long before its connection is the oldest.
+A connection is a stranger's until the SuperLink has answered one of its calls with 200. Strangers cannot keep clients
+out: if there are too many, each new connection closes a stranger's oldest one. A new client finishes its request long
+before its connection is the oldest.
 """
 
 import asyncio
@@ -15,19 +15,19 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from federation.app.console import print_to_user
 
-HANDSHAKE = 20.0  # seconds for TLS
+HANDSHAKE = 20.0  # seconds for the TLS handshake
 HEAD = 20.0  # seconds for the headers of a request
-HEAD_SIZE = 2**20  # bytes of them, with what of the body came in the same piece
-BODY = 30.0  # seconds for a body, and one more
-RATE = 1024  # for so many bytes
-STRANGERS = 4000  # connections of strangers: each takes a tenth of a MiB
-RESERVE = 512  # descriptors for all but connections: those to the SuperLink, and those that have been accepted at once
-FEWEST = 64  # connections, however few descriptors there are
-PUBLIC_KEY = b"flwr-public-key"  # the header by which a SuperNode says who it is
+HEAD_SIZE = 2**20  # bytes of the headers, including any part of the body that arrives with them
+BODY = 30.0  # seconds for a body, plus one second
+RATE = 1024  # for each of these bytes
+STRANGERS = 4000  # connections of strangers, each of which needs a tenth of a MiB
+RESERVE = 512  # file descriptors for connections to the SuperLink and other purposes
+FEWEST = 64  # connections, even if there are fewer descriptors
+PUBLIC_KEY = b"flwr-public-key"  # the header with which a SuperNode identifies itself
 
 
 class Connections:
-    """All connections to the proxy: those of strangers, the oldest first, and those of clients."""
+    """All connections to the proxy: those of clients, and those of strangers, with the oldest first."""
 
     def __init__(self, most: int, tls: ssl.SSLContext | None = None) -> None:
         self.most, self.most_of_strangers, self.tls = most, min(most, STRANGERS), tls
@@ -38,11 +38,11 @@ class Connections:
         self.full = False
 
     def protocol(self) -> type[asyncio.Protocol]:
-        """Return what uvicorn makes for each connection."""
+        """Return the protocol class that uvicorn creates for each connection."""
         return cast(type[asyncio.Protocol], partial(Connection, self))
 
     def add(self, connection: "Connection") -> None:
-        """Take a stranger in, if need be in place of another one."""
+        """Add a stranger's connection; close another one if there are too many."""
         self.open.add(connection)
         neighbours = self.strangers.setdefault(connection.address, {})
         neighbours[connection] = None
@@ -56,11 +56,11 @@ class Connections:
             self.full = True
             count = sum(map(len, self.strangers.values()))
             print_to_user(f"the server is under load: {count:,} connections of strangers; from now on each new one "
-                          "closes the oldest; clients that have joined keep theirs")  # fmt: skip
+                          "closes the oldest one; clients that have joined keep theirs")  # fmt: skip
         next(iter(strangers)).abort()
 
     def trust(self, connection: "Connection") -> None:
-        """Take a connection for that of a client."""
+        """Treat a connection as a client's from now on."""
         neighbours = self.strangers.get(connection.address, {})
         neighbours.pop(connection, None)
         if not neighbours:
@@ -72,16 +72,16 @@ class Connections:
 
 
 class Connection(asyncio.Protocol):
-    """A connection: uvicorn's protocol for HTTP, preceded by TLS, with a limit of time for both."""
+    """A connection: TLS, if required, then uvicorn's protocol for HTTP, with time limits for both."""
 
     def __init__(self, connections: Connections, *, app_state: dict[str, Any], **settings: Any) -> None:
         self.connections = connections
         self.settings = settings | {"app_state": app_state | {"connection": self}}
-        self.http: asyncio.Protocol | None = None  # once TLS, if there is any, has been settled
-        self.transport: asyncio.Transport | None = None  # until it has been closed
+        self.http: asyncio.Protocol | None = None  # after the TLS handshake, if there is one
+        self.transport: asyncio.Transport | None = None  # until it is closed
         self.address, self.early = "", b""
-        self.requests = 0  # that are being answered
-        self.body_complete = True  # so that what comes next begins another request
+        self.requests = 0  # that are being answered now
+        self.body_complete = True  # whether the next data belongs to another request
         self.head_size = 0
         self.timer: asyncio.TimerHandle | None = None
 
@@ -98,7 +98,7 @@ class Connection(asyncio.Protocol):
             self.serve(plain)
 
     async def secure(self, plain: asyncio.Transport, tls: ssl.SSLContext) -> None:
-        """Settle TLS, or close the connection."""
+        """Do the TLS handshake, or close the connection."""
         try:
             transport = await asyncio.get_running_loop().start_tls(
                 plain, self, tls, server_side=True, ssl_handshake_timeout=HANDSHAKE
@@ -118,7 +118,7 @@ class Connection(asyncio.Protocol):
             self.data_received(self.early)
 
     def data_received(self, data: bytes) -> None:
-        if not self.http:  # asyncio passes on what came with the handshake before it says that this is settled
+        if not self.http:  # asyncio delivers data that came with the handshake before start_tls returns
             self.early += data
             return
         if self.body_complete:
@@ -136,7 +136,7 @@ class Connection(asyncio.Protocol):
         self.forget()
         if self.http:
             self.http.connection_lost(error)
-        self.http = self.transport = None  # which refer to this one: the garbage collector would come late
+        self.http = self.transport = None  # they refer to this object, and the garbage collector is slow
         self.settings.clear()
 
     def pause_writing(self) -> None:
@@ -150,17 +150,17 @@ class Connection(asyncio.Protocol):
     # --------------------------------------------------------------------------------------------------- and its limits
 
     def expect_head(self) -> None:
-        """Start the clock, unless it runs already."""
+        """Start the clock for headers, unless it is already running."""
         self.timer = self.timer or asyncio.get_running_loop().call_later(HEAD, self.abort)
 
     def begin(self) -> None:
-        """Hear that a request has all its headers."""
+        """Note that the headers of a request are complete."""
         self.requests += 1
         self.head_size, self.body_complete = 0, False
         self.stop_clock()
 
     def end(self) -> None:
-        """Hear that it has been answered."""
+        """Note that a request has been answered."""
         self.requests -= 1
         self.body_complete = True
 
@@ -174,7 +174,7 @@ class Connection(asyncio.Protocol):
         self.connections.remove(self)
 
     def abort(self) -> None:
-        """Close the connection at once."""
+        """Close the connection immediately."""
         self.forget()
         if self.transport:
             self.transport.abort()
@@ -182,7 +182,7 @@ class Connection(asyncio.Protocol):
 
 
 class Limited:
-    """An ASGI app with a limit of time for the bodies of requests, that tells clients from strangers."""
+    """An ASGI app that limits the time for the bodies of requests, and distinguishes clients from strangers."""
 
     def __init__(self, app: ASGIApp, connections: Connections) -> None:
         self.app, self.connections = app, connections
@@ -210,7 +210,7 @@ class Limited:
 
 
 def limited(receive: Receive, connection: Connection) -> Receive:
-    """Return `receive` for a request, which closes the connection where the body does not come in time."""
+    """Return a `receive` that closes the connection if the body does not arrive in time."""
     clock = asyncio.get_running_loop().time
     deadline, complete = clock() + BODY, False
 
@@ -231,13 +231,13 @@ def limited(receive: Receive, connection: Connection) -> Receive:
 
 
 def most_connections() -> int:
-    """Raise this process's limit of descriptors as far as the system lets, and return how many connections fit."""
+    """Raise this process's limit of file descriptors as far as possible, and return how many connections it allows."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return STRANGERS * 2
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (hard, 10240):  # macOS names no limit and then refuses what is above OPEN_MAX
+    for wanted in (hard, 10240):  # macOS reports no limit, but refuses more than OPEN_MAX
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             break

@@ -1,4 +1,4 @@
-"""Addresses, and whether a server answers there."""
+"""Addresses and ports, and whether a server answers at an address."""
 
 import ipaddress
 import re
@@ -13,11 +13,11 @@ import httpx
 
 Address = tuple[str, int]  # host and port
 PORTS = range(20_000, 32_000)
-NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")  # how OpenSSL puts it
+NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")  # in errors of OpenSSL
 
 
 class LaunchError(Exception):
-    """A failure that one line explains; it ends the program with status 1."""
+    """A failure that is explained in one line. It ends the program with status 1."""
 
 
 def address(text: str) -> Address:
@@ -41,30 +41,27 @@ def shown(address: Address) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches a server that listens at `host`."""
+    """Return whether only this machine can reach a server that listens at `host`."""
     try:
         found = socket.getaddrinfo(host, None)
-    except (OSError, UnicodeError):  # UnicodeError: no host can have this name
+    except (OSError, UnicodeError):  # UnicodeError: not a valid host name
         return False
     return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
 def check_exposed(address: Address, tls: bool, insecure: bool) -> None:
-    """Raise ValueError where a server would talk to other machines in the clear, and nobody has insisted on it."""
+    """Raise ValueError if other machines could connect without TLS and --insecure was not given."""
     if tls and insecure:
         raise ValueError("--insecure and --tls exclude each other")
     if tls or is_loopback(address[0]):
         return
     if not insecure:
-        raise ValueError(f"--address {shown(address)} is open to other machines: give --tls DIR, or --insecure")
-    print(f"WARNING: {shown(address)} is open, without TLS, to all who can connect", flush=True)
+        raise ValueError(f"--address {shown(address)} is open to other machines: use --tls DIR, or --insecure")
+    print(f"WARNING: {shown(address)} is open to everyone who can connect, without TLS", flush=True)
 
 
 def free_port() -> int:
-    """Return a port that nothing on this machine listens on.
-
-    It is not one of those that systems give to outgoing connections: one of these could take it before it is used.
-    """
+    """Return a free port outside the range of outgoing connections, which could take it before it is used."""
     while True:
         with suppress(OSError), socket.create_server(("127.0.0.1", secrets.choice(PORTS))) as listener:
             return int(listener.getsockname()[1])
@@ -80,10 +77,10 @@ def check_free(address: Address) -> None:
 
 
 def is_up(server: Address, ca: Path | None = None, timeout: float = 2, any_name: bool = False) -> bool:
-    """Tell whether a server answers there, over TLS if `ca` is given, the certificates of the authorities to trust.
+    """Return whether a server answers there, over TLS if `ca` is given: a file with the certificates to trust.
 
-    With `any_name`, its certificate need not be good for the name by which it is reached here. Raises LaunchError where
-    it is for TLS, or the lack of it, that no server answers.
+    With `any_name`, the server's certificate may have any name. Raises LaunchError if only one side uses TLS, or if the
+    server's certificate is not trusted.
     """
     context = ssl.create_default_context(cafile=ca)
     context.check_hostname = not any_name
@@ -96,7 +93,7 @@ def is_up(server: Address, ca: Path | None = None, timeout: float = 2, any_name:
 
 
 def imports_of(server: Address, ca: Path | None = None) -> list[str]:
-    """Return the modules of frameworks that a server's task imports; none where it does not tell."""
+    """Return the framework modules that the server's task imports, or none if the server does not say."""
     try:
         context = ssl.create_default_context(cafile=ca)
         answer = httpx.get(f"http{'s' * bool(ca)}://{shown(server)}/imports", verify=context, trust_env=False)
@@ -107,16 +104,16 @@ def imports_of(server: Address, ca: Path | None = None) -> list[str]:
 
 
 def _explain(server: Address, error: Exception, secure: bool) -> None:
-    """Raise LaunchError where a request failed for TLS, or the lack of it."""
+    """Raise LaunchError if a request failed because of TLS."""
     for cause in _causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            raise LaunchError(f"the server at {shown(server)} cannot be trusted: {cause.verify_message}")
+            raise LaunchError(f"the server at {shown(server)} is not trusted: {cause.verify_message}")
         if isinstance(cause, ssl.SSLError) and cause.reason in NO_TLS:
             raise LaunchError(
-                f"the server at {shown(server)} does not speak TLS; start it with --tls, or leave it out here"
+                f"the server at {shown(server)} does not use TLS; start it with --tls, or omit --tls here"
             )
     if not secure and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and speaks_tls(server):
-        raise LaunchError(f"the server at {shown(server)} speaks TLS; give --tls DIR, with its authority's ca.crt")
+        raise LaunchError(f"the server at {shown(server)} uses TLS; add --tls DIR, with its authority's ca.crt")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -126,7 +123,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def speaks_tls(server: Address) -> bool:
-    """Tell whether a TLS handshake succeeds there, whoever it may be."""
+    """Return whether a TLS handshake succeeds there, with any certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with (

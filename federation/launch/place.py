@@ -1,4 +1,4 @@
-"""The place of a client among those on its host: a name that is the same after a restart, and a log file."""
+"""The place of a client among the clients on its host. It determines its name, also after a restart, and its log."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from federation.launch.network import LaunchError
 
 @contextmanager
 def place_on_host() -> Iterator[tuple[str, Path]]:
-    """Hold the lowest free place among the clients on this host: a name, the same after a restart, and a log file."""
+    """Take the lowest free place among the clients on this host, and yield the client's name and log file."""
     folder = private_folder()
     place = 0
     while True:
@@ -28,9 +28,9 @@ def place_on_host() -> Iterator[tuple[str, Path]]:
 
 
 def private_folder() -> Path:
-    """Make a folder for what the clients on this host keep, unless it exists, and return it.
+    """Return the folder with the locks and logs of this user's clients on this host; create it if necessary.
 
-    Raises LaunchError where others could write to it: they could lead a client to overwrite a file of its user's.
+    Raises LaunchError if other users could write to it: they could make a client overwrite any file of this user.
     """
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
     if runtime.is_absolute() and is_private(runtime):
@@ -41,20 +41,18 @@ def private_folder() -> Path:
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     if is_private(folder, but_for=0o055):
-        folder.chmod(0o700)  # others could read it, as those that an earlier version has made, but not write to it
+        folder.chmod(0o700)  # earlier versions made it readable for others, but not writable
     if not is_private(folder):
-        raise LaunchError(
-            f"{folder} is not a folder of yours with mode 0700: remove it, or set TMPDIR to another folder"
-        )
+        raise LaunchError(f"{folder} is not your own folder with mode 0700: remove it, or set TMPDIR to another folder")
     return folder
 
 
 def is_private(folder: Path, but_for: int = 0) -> bool:
-    """Tell whether this is a folder, no link, that is this user's and closed to others, `but_for` these modes."""
+    """Return whether this is a folder, not a link, of this user, to which others have no access except `but_for`."""
     try:
         found = folder.lstat()
     except OSError:
         return False
-    if not hasattr(os, "getuid"):  # Windows: what is in a user's temporary folder is closed to others
+    if not hasattr(os, "getuid"):  # Windows, where others cannot access a user's temporary folder
         return stat.S_ISDIR(found.st_mode)
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077 & ~but_for

@@ -15,7 +15,8 @@ from federation.app.partition import check_enough
 from federation.app.run_folder import write_atomically
 from federation.app.samples import count
 from federation.app.sources import sources
-from federation.app.task import CONTRACT, find_data, load_task, read_data, train_settings
+from federation.app.task import CONTRACT, find_data, load_task, locate_task, read_data, train_settings
+from federation.app.weights import read_model
 from federation.launch.fork_server import frameworks
 from federation.launch.trial import Trial, check_usable
 
@@ -28,6 +29,9 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
     By then, some of its imports have shown that do not before they happen, and `imports` are the modules of frameworks
     that clients will need. Raises ValueError where it cannot be federated.
     """
+    if config.bare:
+        yield {"data": "", "files": _files(locate_task(config.task)), "imports": []}
+        return
     before = set(sys.modules)
     task = load_task(config.task)
     root = find_data(task, config.data)
@@ -38,6 +42,8 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
     trial = Trial(task, data, SAMPLES, settings)
     if trial.defaults and not config.learning_rate:
         raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")
+    if config.initial:
+        read_model(Path(config.initial), trial.net())
     try:
         check_usable(trial)
     except ValueError as error:

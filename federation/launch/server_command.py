@@ -27,6 +27,7 @@ def server(
     clients: Annotated[int | None, Key(metavar="N", help="how many to wait for (default: 2)")] = None,
     task: Annotated[str | None, Key(metavar="MODULE", help="the script to federate (default: cifar)")] = None,
     data: Annotated[str | None, Key(metavar="DIR", help="the data folder (default: the script's own choice)")] = None,
+    initial: Annotated[str | None, Key(metavar="FILE", help="begin with the weights in FILE")] = None,
     out: Annotated[str | None, Key(metavar="DIR", help="the run folder (default: runs/federated)")] = None,
     resume: Annotated[bool, Key("--resume", help="go on with the run in the run folder")] = False,
     run_config: Annotated[list[str] | None, Setting(metavar="'KEY=VALUE …'", help="as for flwr run")] = None,
@@ -58,7 +59,10 @@ def serve(args: SimpleNamespace) -> int:
         network.check_exposed(address, tls is not None, args.insecure)
         config = run_config(args)
         nodes = plan(args, config)
-    config = config.changed(out=host.writable(config.out))
+        check_initial(config)
+    config = config.changed(
+        out=host.writable(config.out), initial=config.initial and str(Path(config.initial).expanduser().absolute())
+    )
     if nodes:
         print(simulation.describe(config.num_clients, nodes), flush=True)
     else:
@@ -75,6 +79,12 @@ def check_options(args: SimpleNamespace) -> None:
         raise click.UsageError(f"--simulate {args.simulate}: 1 client or more is needed")
     if args.simulate is not None and {args.address, args.tls, args.clients} != {None}:
         raise click.UsageError("--simulate N plays all clients here: it goes with none of --clients, --address, --tls")
+
+
+def check_initial(config: "RunConfig") -> None:
+    """Raise ValueError where the weights to begin with are missing."""
+    if config.initial and not Path(config.initial).expanduser().is_file():
+        raise ValueError(f"initial={config.initial}: there is no such file")
 
 
 def read_network(args: SimpleNamespace) -> "tuple[Address, Path | None]":
@@ -107,6 +117,6 @@ def run_config(args: SimpleNamespace) -> "RunConfig":
         overrides |= parse(text)
     clients = args.clients if args.simulate is None else args.simulate
     keys = {"num-server-rounds": args.rounds, "num-clients": clients, "resume": args.resume or None}
-    keys |= {key: getattr(args, key) for key in ("task", "data", "out")}
+    keys |= {key: getattr(args, key) for key in ("task", "data", "out", "initial")}
     overrides |= {key: value for key, value in keys.items() if value is not None}
     return resumed(overrides) if overrides.get("resume") else validate(overrides)

@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+import io
 import math
 import random
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from traceback import extract_tb
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -93,7 +95,8 @@ class Trial:
     def call(self, function: str, *given: Any, **named: Any) -> Any:
         """Call train() or test(). Raises ValueError where it fails."""
         try:
-            return getattr(self.task, function)(*given, **named)
+            with redirect_stdout(io.StringIO()):  # what scripts print as they train is for whoever trains
+                return getattr(self.task, function)(*given, **named)
         except Exception as error:
             lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == self.task.__file__]
             where = f"in line {lines[-1]}" if lines else "where it is called"

@@ -1,4 +1,4 @@
-"""Certificates and keys, for TLS and so that only known clients join: making them, and checking what --tls names."""
+"""Create and check certificates for TLS, and keys for the clients that may join."""
 
 import hashlib
 import ipaddress
@@ -17,15 +17,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from federation.app.run_folder import write_atomically
 
 PRIVATE = serialization.PrivateFormat
-LOCAL = ("localhost", "127.0.0.1", "::1")  # every server certificate is good for clients on the server's machine
+LOCAL = ("localhost", "127.0.0.1", "::1")  # names in every server's certificate
 DAYS = 365
 
 
-# ---------------------------------------------------------------------------------------------------------- making
+# -------------------------------------------------------------------------------------------------------- creating
 
 
 def make_authority(folder: Path, days: int = DAYS) -> None:
-    """Make `ca.crt` and `ca.key`, self-signed."""
+    """Create `ca.crt`, which is self-signed, and `ca.key`."""
     key, name = ec.generate_private_key(ec.SECP384R1()), _name("development certificate authority")
     certificate = (
         _certificate(name, key.public_key(), name, days)
@@ -39,7 +39,7 @@ def make_authority(folder: Path, days: int = DAYS) -> None:
 
 
 def make_server(folder: Path, names: list[str], days: int = DAYS) -> None:
-    """Make `server.crt` and `server.key`, for a server that is reached by any of `names`, signed by the authority."""
+    """Create `server.crt`, signed by the authority, and `server.key`, for a server with any of `names`."""
     authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
     authority_key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
     assert isinstance(authority_key, ec.EllipticCurvePrivateKey)
@@ -58,12 +58,12 @@ def make_server(folder: Path, names: list[str], days: int = DAYS) -> None:
 
 
 def make_client(folder: Path, name: str) -> None:
-    """Make `NAME/client.key`, and register its public key as `clients/NAME.pub`. Flower wants OpenSSH's format."""
+    """Create `NAME/client.key`, and its public key `clients/NAME.pub`, in OpenSSH's format, which Flower requires."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     _write(folder / name / "ca.crt", (folder / "clients" / "ca.crt").read_bytes())
     _write(folder / "clients" / f"{name}.pub", public + f" {name}\n".encode())
-    _write_key(folder / name / "client.key", key, PRIVATE.OpenSSH)  # last: with it, the client counts as made
+    _write_key(folder / name / "client.key", key, PRIVATE.OpenSSH)  # last: a client with a key is complete
 
 
 def _certificate(
@@ -73,7 +73,7 @@ def _certificate(
     return (
         x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=2))  # clocks differ
+        .not_valid_before(now - timedelta(days=2))  # the clocks of machines differ
         .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
@@ -100,7 +100,7 @@ def _alternative(name: str) -> x509.GeneralName:
 
 def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
     def write(unfinished: Path) -> None:
-        unfinished.touch(mode, exist_ok=False)  # before anything is in it that others must not read
+        unfinished.touch(mode, exist_ok=False)  # before it contains a secret
         unfinished.write_bytes(content)
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,9 +113,9 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey, form: PRIVATE) -> No
 
 
 def make_missing(folder: Path, servers: list[str], clients: list[str], days: int = DAYS) -> Iterator[str]:
-    """Make what is missing in `folder`; yield, for each server and client, what its folder is for.
+    """Create the missing files in `folder`; yield a line on how to use them for each server and client.
 
-    Raises ValueError where a client's name or `days` cannot be, or an authority is needed that is not there.
+    Raises ValueError if a client's name or `days` is invalid, or if there is no certificate authority.
     """
     _check_possible(folder, servers, clients, days)
     if servers:
@@ -126,7 +126,7 @@ def make_missing(folder: Path, servers: list[str], clients: list[str], days: int
     for name in clients:
         if not (folder / name / "client.key").exists():
             make_client(folder, name)
-        yield f"client: --tls {folder / name}, on that machine; to remove it: rm {folder / 'clients' / name}.pub"
+        yield f"client: --tls {folder / name}, on its machine; to remove it: rm {folder / 'clients' / name}.pub"
 
 
 def _check_possible(folder: Path, servers: list[str], clients: list[str], days: int) -> None:
@@ -137,16 +137,16 @@ def _check_possible(folder: Path, servers: list[str], clients: list[str], days: 
         raise ValueError(f"--days {days}: 1 or more is needed")
     missing = [path for path in (folder / "ca.crt", folder / "ca.key") if not path.exists()]
     if servers and len(missing) == 1:
-        raise ValueError(f"a server's certificate is signed with ca.crt and ca.key, and {missing[0]} is not there")
+        raise ValueError(f"{missing[0]} is missing, but a server's certificate is signed with both ca.crt and ca.key")
     if not servers and not (folder / "clients" / "ca.crt").exists():
-        raise ValueError(f"there is no certificate authority in {folder} yet: give --server HOST, too")
+        raise ValueError(f"{folder} has no certificate authority yet: add --server HOST to create it")
 
 
 # --------------------------------------------------------------------------------------------------------- checking
 
 
 def server_folder(text: str) -> Path:
-    """Return the folder that the server's --tls names. Raises ValueError where it could not serve with it."""
+    """Return the folder given by the server's --tls. Raises ValueError if a server cannot use it."""
     folder = Path(text).expanduser().absolute()
     _check_authority(folder)
     try:
@@ -154,14 +154,14 @@ def server_folder(text: str) -> Path:
             folder / "server.crt", folder / "server.key", password=""
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no server.crt with its server.key: {error}") from None
+        raise ValueError(f"{folder} has no server.crt with a matching server.key: {error}") from None
     if expiry(folder / "server.crt") < datetime.now(UTC):
         raise ValueError(f"{folder}/server.crt expired on {expiry(folder / 'server.crt'):%Y-%m-%d}")
     return folder
 
 
 def client_folder(text: str) -> Path:
-    """Return the folder that a client's --tls names. Raises ValueError where nobody could join with it."""
+    """Return the folder given by a client's --tls. Raises ValueError if a client cannot use it."""
     folder = Path(text).expanduser().absolute()
     _check_authority(folder)
     if path := client_key(folder):
@@ -170,7 +170,7 @@ def client_folder(text: str) -> Path:
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
             raise ValueError(f"{path} is not a private key in OpenSSH's format: {error}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{path} is of another kind: make one by ssh-keygen -t ecdsa -b 384")
+            raise ValueError(f"{path} is not an ECDSA key; create one with: ssh-keygen -t ecdsa -b 384")
     return folder
 
 
@@ -182,12 +182,12 @@ def _check_authority(folder: Path) -> None:
 
 
 def client_key(folder: Path | None) -> Path | None:
-    """Return the key in the folder that a client's --tls names, if it has one."""
+    """Return the key in the folder given by a client's --tls, if there is one."""
     return folder / "client.key" if folder and (folder / "client.key").exists() else None
 
 
 def fingerprint(key: Path) -> str:
-    """Return what tells this key from others, and says nothing about it."""
+    """Return a digest of the public key, which identifies a private key without revealing it."""
     private = serialization.load_ssh_private_key(key.read_bytes(), None)
     raw = private.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return hashlib.sha256(raw).hexdigest()[:16]

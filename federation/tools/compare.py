@@ -1,11 +1,11 @@
-"""Is it the same training? Centralized, local and federated training of one task, side by side.
+"""Compare centralized, local and federated training of a task.
 
-Every argument about the accuracy of federated learning is about the budget that is held equal. Here are three: sample
-visits (of all clients together), sequential steps (of the client with the most samples), and seconds on this machine.
-The federated run on IID partitions sets all three, and every other training is read off where it has used them up.
+A comparison of accuracies depends on which budget is equal. Three budgets are used here: sample visits (of all clients
+together), sequential steps (of the client with the most samples), and seconds on this machine. All three are those of
+the federated run on IID partitions; the accuracy of every other training is taken where it has used up the budget.
 
-Every training has one thread, unless OMP_NUM_THREADS says otherwise: two threads of one training wait for each other,
-on a busy machine for most of the time, and seconds would say little.
+Every training has one thread, unless OMP_NUM_THREADS is set. On a busy machine, two threads of one training mostly
+wait for each other, which would make the seconds meaningless.
 """
 
 import inspect
@@ -47,11 +47,11 @@ QUICK: Settings = {
     "data": "embedded",
     "learning-rate": 0.02,
 }
-Training = Callable[["Lab", int, Cells], Cell]  # with a seed, and the cells of that seed that are done
+Training = Callable[["Lab", int, Cells], Cell]  # called with a seed and the finished cells of that seed
 
 
 class Lab:
-    """A task with its data, and the ways to train it. All of them begin with the same net."""
+    """A task with its data, and several ways to train it, all of which start from the same net."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.task = config, load_task(config.task)
@@ -61,7 +61,7 @@ class Lab:
         self.rounds, self.clients, self.local_epochs = config.num_server_rounds, config.num_clients, config.local_epochs
 
     def steps(self, samples: int) -> int:
-        """Return how many steps an epoch over so many samples takes."""
+        """Return the number of steps in an epoch over `samples` samples."""
         return -(-samples // int(self.config.batch_size))
 
     def parts(self, partitioner: str, seed: int) -> list[Rows]:
@@ -72,19 +72,19 @@ class Lab:
         return build_net(self.task, seed, self.classes)
 
     def test(self, net: Any) -> float:
-        """Return the accuracy on the whole test set. Raises ValueError where test() returns none."""
+        """Return the accuracy on the whole test set. Raises ValueError if test() returns none."""
         found = metrics.named("test", self.task.test(net, samples.take(self.test_data)))
         if "accuracy" not in found:
-            raise ValueError(f"{self.task.__name__}.test() returns no accuracy, by which trainings are compared here")
+            raise ValueError(f"{self.task.__name__}.test() returns no accuracy, which is needed to compare trainings")
         return found["accuracy"]
 
     def train(self, net: Any, rows: Rows | None, epochs: int, seed: int, **more: Any) -> None:
-        """Train `net` on the samples in `rows`, or on all, with the settings that client.py would use."""
+        """Train `net` on the samples in `rows` (None: all), with the settings that client.py would use."""
         data = samples.take(self.train_data, rows)
         self.task.train(net, data, seed=seed, **train_settings(self.task, self.config) | {"epochs": epochs} | more)
 
     def train_at_once(self, rows: Rows | None, epochs: int, seed: int) -> list[Point]:
-        """Train as the plain script does; a task whose train has `after_epoch` yields a point per epoch, others one."""
+        """Train as the script itself does. Return a point per epoch, or one if `train` has no `after_epoch`."""
         net, started, points = self.net(seed), time.perf_counter(), []
         samples = self.samples if rows is None else len(rows)
 
@@ -99,7 +99,7 @@ class Lab:
         return points
 
     def train_in_turns(self, shards: Sequence[Rows | None], seed: int) -> list[Point]:
-        """Train one net on one shard after the other, as often as there are rounds, each with a new optimizer."""
+        """Train one net on one shard after another in every round, each time with a new optimizer."""
         net, started, points = self.net(seed), time.perf_counter(), []
         steps = sum(self.steps(self.samples if rows is None else len(rows)) for rows in shards) * self.local_epochs
         for done in range(self.rounds):
@@ -110,13 +110,13 @@ class Lab:
         return points
 
     def federate(self, partitioner: str, seed: int, fraction: float = 1.0) -> list[Any]:
-        """Run client.py and server.py on Flower's Simulation Engine and return the rounds of metrics.json."""
+        """Run client.py and server.py on Flower's Simulation Engine, and return the rounds in metrics.json."""
         out = Path(self.config.out) / f"federated-{partitioner}-{fraction:g}-{seed}"
         config = self.config.changed(
             partitioner=partitioner, seed=seed, out=host.writable(str(out)), resume=False,
             fraction_train=fraction, fraction_evaluate=0.0, num_server_rounds=round(self.rounds / fraction),
         )  # fmt: skip
-        with redirect_stdout(io.StringIO()):  # not its table; its progress bar goes to stderr
+        with redirect_stdout(io.StringIO()):  # hide its table, but not its progress bar
             if host.host_run(("127.0.0.1", 0), config, simulation.plan(self.clients)):
                 raise LaunchError(f"a federated run failed; see {out / 'log.txt'}")
         return list(json.loads((out / "metrics.json").read_text("utf-8"))["rounds"][1:])
@@ -126,12 +126,12 @@ class Lab:
 
 
 def centralized(lab: Lab, seed: int, done: Cells) -> Cell:
-    """All data in one place, for as many epochs as a client makes in all rounds."""
+    """Train on all data, for as many epochs as a client trains in all rounds."""
     return {"points": lab.train_at_once(None, lab.rounds * lab.local_epochs, seed)}
 
 
 def as_many_steps(lab: Lab, seed: int, done: Cells) -> Cell:
-    """Centralized, for as many steps as a client makes: with many clients that is less than one epoch."""
+    """Train on all data for as many steps as a client takes, which can be less than one epoch."""
     visits = lab.rounds * lab.local_epochs * -(-lab.samples // lab.clients)
     epochs = -(-visits // lab.samples)
     rows = np.sort(np.random.default_rng(seed).permutation(lab.samples)[: visits // epochs]).astype(np.int32)
@@ -139,24 +139,24 @@ def as_many_steps(lab: Lab, seed: int, done: Cells) -> Cell:
 
 
 def as_long(lab: Lab, seed: int, done: Cells) -> Cell:
-    """Centralized, for as many epochs as fit into the seconds of the federated run."""
+    """Train on all data for as many epochs as fit into the seconds of the federated run."""
     plain = done["centralized"]["points"][-1]
     epochs = int(done["federated, IID"]["points"][-1].seconds / plain.seconds * lab.rounds * lab.local_epochs)
     return {"points": lab.train_at_once(None, max(1, epochs), seed)}
 
 
 def restarted(lab: Lab, seed: int, done: Cells) -> Cell:
-    """Centralized, but with a new optimizer in every round: what a federation of one client does."""
+    """Train on all data with a new optimizer in every round, like a federation of one client."""
     return {"points": lab.train_in_turns([None], seed)}
 
 
 def in_turns(lab: Lab, seed: int, done: Cells) -> Cell:
-    """One net that goes from client to client: small shards, each with a new optimizer, but nothing is averaged."""
+    """Train one net on the clients' shards in turn, each time with a new optimizer, without averaging."""
     return {"points": lab.train_in_turns(lab.parts("iid", seed), seed)}
 
 
 def local_only(partitioner: str) -> Training:
-    """Each client alone, with its own samples; the accuracy is the mean of theirs, on the whole test set."""
+    """Train each client alone, on its own samples. The accuracy is the clients' mean on the whole test set."""
 
     def train(lab: Lab, seed: int, done: Cells) -> Cell:
         alone, parts = [], lab.parts(partitioner, seed)
@@ -172,7 +172,7 @@ def local_only(partitioner: str) -> Training:
 
 
 def federated(partitioner: str, fraction: float = 1.0) -> Training:
-    """The project's own client and server; `fraction` of the clients train in a round, in more rounds accordingly."""
+    """Train with client.py and server.py. With `fraction` of the clients per round, there are more rounds."""
 
     def train(lab: Lab, seed: int, done: Cells) -> Cell:
         visits, steps, seconds, points = 0, 0, 0.0, []
@@ -188,7 +188,7 @@ def federated(partitioner: str, fraction: float = 1.0) -> Training:
 
 
 def trainings(skew: str) -> dict[str, Training]:
-    """Return everything that is compared, in the order in which it is run: `as_long` needs those before it."""
+    """Return all trainings, in the order in which they run: `as_long` needs the results of earlier ones."""
     return {
         "centralized": centralized,
         "centralized, as many steps": as_many_steps,
@@ -207,7 +207,7 @@ def trainings(skew: str) -> dict[str, Training]:
 
 
 def compare(config: RunConfig, seeds: int, quick: bool) -> int:
-    """Run what is not yet done, with so many seeds, and show the outcome; return the exit status."""
+    """Run the trainings that are missing, with `seeds` seeds, print the results, and return the exit status."""
     os.environ.setdefault(THREADS[0], "1")
     share_cores()
     config = config.changed(
@@ -220,12 +220,12 @@ def compare(config: RunConfig, seeds: int, quick: bool) -> int:
 
 
 def run(config: RunConfig, chosen: dict[str, Training], seeds: range) -> None:
-    """Run every cell that is not yet in compare.json, save each as it is done, and show tables and picture."""
+    """Run every cell that is not yet in compare.json, save each when it is finished, and show tables and plots."""
     lab, path = Lab(config), Path(config.out) / "compare.json"
     cells = comparison.load(path, config)
     lab.test(lab.net(seeds[0]))
     for partitioner in ("iid", config.partitioner):
-        lab.parts(partitioner, seeds[0])  # what cannot be split should show before hours of training
+        lab.parts(partitioner, seeds[0])  # an impossible split should fail before hours of training
     wanted = [(seed, name) for seed in seeds for name in chosen]
     for number, (seed, name) in enumerate(wanted, 1):
         done = cells.setdefault(str(seed), {})

@@ -1,4 +1,4 @@
-"""What compare.py makes of its trainings: compare.json, a table per question, and compare.png."""
+"""The results of compare.py: compare.json, tables, and compare.png."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -11,30 +11,30 @@ from federation.app.checkpoint import RESUMABLE_KEYS
 from federation.app.config import RunConfig
 from federation.app.run_folder import write_atomically
 
-SPENT = 0.7, 1.02  # how much of a budget counts as all of it: epochs and rounds are not divisible
+SPENT = 0.7, 1.02  # which part of a budget counts as all of it, since it may end within an epoch or a round
 
 
 class Point(NamedTuple):
-    """The accuracy on the whole test set, and what has been spent to get there."""
+    """An accuracy on the whole test set, and the budget spent so far."""
 
     visits: int  # of training samples, by all clients together
-    steps: int  # one after another: in each round those of the client with the most samples
+    steps: int  # sequential steps: in each round those of the client with the most samples
     seconds: float
     accuracy: float
 
 
-Cell = dict[str, Any]  # one training with one seed: "points", and whatever else is known of it
+Cell = dict[str, Any]  # one training with one seed: its "points" and further results
 Cells = dict[str, Cell]  # by name
 Numbers = list[float]  # one per seed
 
-ROWS = {  # each with the trainings from which its accuracies are read
+ROWS = {  # of the table, with the trainings from which their accuracies are taken
     "centralized": ("centralized", "centralized, as many steps", "centralized, as long"),
     "local only, IID": ("local only, IID",),
     "local only, non-IID": ("local only, non-IID",),
     "federated, IID": ("federated, IID",),
     "federated, non-IID": ("federated, non-IID",),
 }
-GAP_STEPS = {  # from a centralized to a federated training, one change at a time, all with the same sample visits
+GAP_STEPS = {  # from centralized to federated training, one change at a time, with equal sample visits
     "optimizer restart": "optimizer restart",
     "smaller shards": "smaller shards",
     "averaging": "federated, IID",
@@ -47,7 +47,7 @@ GAP_STEPS = {  # from a centralized to a federated training, one change at a tim
 
 
 def load(path: Path, config: RunConfig) -> dict[str, Cells]:
-    """Return the cells that are done, by seed. Raises ValueError if they belong to other settings."""
+    """Return the finished cells, by seed. Raises ValueError if they have other settings."""
     if not path.exists():
         return {}
     try:
@@ -72,7 +72,7 @@ def save(path: Path, config: RunConfig, cells: dict[str, Cells], **more: Any) ->
 
 
 def summary(seeds: list[Cells]) -> dict[str, dict[str, Any]]:
-    """Return, with a number per seed, the rows of the table and the steps of the gap."""
+    """Return the rows of the table and the steps of the gap, with a number per seed."""
     return {
         "table": {row: _row(seeds, row, trainings) for row, trainings in ROWS.items() if row in seeds[0]},
         "gap": _gap(seeds) if "optimizer restart" in seeds[0] else {},
@@ -89,7 +89,7 @@ def _row(seeds: list[Cells], row: str, trainings: tuple[str, ...]) -> dict[str, 
 
 
 def _read(cells: Cells, trainings: Iterable[str], axis: str) -> float | None:
-    """Return the accuracy where a training has used up the budget, if it ever has: what "federated, IID" took."""
+    """Return the accuracy of a training when it has used up the budget of "federated, IID", if it ever has."""
     least, most = (part * getattr(cells["federated, IID"]["points"][-1], axis) for part in SPENT)
     points = [point for name in trainings for point in cells.get(name, {"points": []})["points"]]
     fitting = [(getattr(point, axis), point.accuracy) for point in points if least <= getattr(point, axis) <= most]
@@ -97,7 +97,7 @@ def _read(cells: Cells, trainings: Iterable[str], axis: str) -> float | None:
 
 
 def _gap(seeds: list[Cells]) -> dict[str, Numbers]:
-    """Return the points of accuracy that each change costs, and all of them together."""
+    """Return the change of accuracy, in points, caused by each step and by all of them together."""
     names = ("centralized", *GAP_STEPS.values())
     ends = [[100 * cells[name]["points"][-1].accuracy for cells in seeds] for name in names]
     pairs = [*pairwise(ends), (ends[0], ends[-1])]
@@ -106,7 +106,7 @@ def _gap(seeds: list[Cells]) -> dict[str, Numbers]:
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:
-    """Return the table, what single clients reached, and the gap, as text."""
+    """Return the table, the accuracies of single clients, and the gap, as text."""
     table, gap = results["table"], results["gap"]
     head = "".join(f"{text:>18}" for text in ("sample visits", "steps", "seconds"))
     lines = ["", f"{'accuracy at equal':24}{head}{'took (s)':>12}{'MB down':>10}{'MB up':>8}"]
@@ -129,7 +129,7 @@ def _clients(name: str, accuracies: list[Numbers]) -> str:
 
 
 def _spread(numbers: list[Any], form: str) -> str:
-    """Return mean ± standard deviation, or a dash where a number is missing."""
+    """Return mean ± standard deviation, or a dash if a number is missing."""
     if None in numbers:
         return "-"
     return f"{mean(numbers):{form}}" + (f" ± {stdev(numbers):{form.lstrip('+')}}" if len(numbers) > 1 else "")
@@ -146,8 +146,8 @@ MARKS = {"local only, IID": ("#56b4e9", "D"), "local only, non-IID": ("#e69f00",
 
 
 def draw(path: Path, seeds: list[Cells], results: dict[str, dict[str, Any]], title: str, samples: int) -> None:
-    """Draw accuracy against sample visits and against time, and the gap step by step."""
-    from matplotlib.figure import Figure  # here, since it takes a second
+    """Plot accuracy against sample visits and against time, and the gap step by step."""
+    from matplotlib.figure import Figure  # imported here because it takes a second
 
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     by_visits, by_time, *gap = figure.subplots(1, 3 if results["gap"] else 2)
@@ -165,7 +165,7 @@ def draw(path: Path, seeds: list[Cells], results: dict[str, dict[str, Any]], tit
 
 
 def _lines(axes: Any, seeds: list[Cells], across: Callable[[Point], float], label: str) -> None:
-    """Draw the mean over the seeds, and their standard deviation as a band."""
+    """Plot the mean over the seeds, with the standard deviation as a band."""
     for name, style in LINES.items():
         by_seed = zip(*(cells[name]["points"] for cells in seeds), strict=True)
         rows = [([across(p) for p in points], [p.accuracy for p in points]) for points in by_seed]
@@ -179,7 +179,7 @@ def _lines(axes: Any, seeds: list[Cells], across: Callable[[Point], float], labe
 
 
 def _mark(axes: Any, cells: list[Cell], samples: int, name: str, **style: Any) -> None:
-    """Mark the mean of the clients that train alone, with a line from the worst to the best of them."""
+    """Mark the mean of the clients that train alone, with a line from the worst to the best one."""
     every = [accuracy for cell in cells for accuracy in cell["clients"]]
     x, middle = cells[0]["points"][-1].visits / samples, mean(every)
     spread = [[middle - min(every)], [max(every) - middle]]

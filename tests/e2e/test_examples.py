@@ -151,8 +151,10 @@ def test_a_script_of_ones_own_is_found_to_be_a_task(own_folder: Path) -> None:
     )
     assert check.returncode == 0, check.stderr
     first, last = check.stdout.splitlines()
-    assert first.startswith("my_script: norm.num_batches_tracked, norm.running_mean, norm.running_var: changed though")
-    assert last == "my_script can be federated, but mind the 1 above"
+    assert first.startswith(
+        "my_script: norm.num_batches_tracked, norm.running_mean, norm.running_var: changed although"
+    )
+    assert last == "my_script can be federated (1 warning above)"
 
 
 EXAMPLES = [

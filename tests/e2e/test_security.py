@@ -89,12 +89,12 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
     with expired_server(tmp_path / "expired") as expired:
         started = time.monotonic()
         refused = {
-            "speaks TLS; give --tls": client(terminals, port),
-            "cannot be trusted: unable to get local issuer certificate": client(terminals, port, rogue / "mallory"),
-            "cannot be trusted: certificate has expired": client(terminals, expired, keys / "berlin"),
-            "cannot be trusted: IP address mismatch": client(terminals, port, keys / "berlin", "127.0.0.2"),
-            f"does not take {unknown}/client.key: either": client(terminals, port, unknown),
-            f"does not take {keys}/berlin/client.key: either": client(terminals, port, keys / "berlin"),
+            "uses TLS; add --tls": client(terminals, port),
+            "is not trusted: unable to get local issuer certificate": client(terminals, port, rogue / "mallory"),
+            "is not trusted: certificate has expired": client(terminals, expired, keys / "berlin"),
+            "is not trusted: IP address mismatch": client(terminals, port, keys / "berlin", "127.0.0.2"),
+            f"rejected {unknown}/client.key: either": client(terminals, port, unknown),
+            f"rejected {keys}/berlin/client.key: either": client(terminals, port, keys / "berlin"),
             "requires a client key": client(terminals, port, keyless),
         }
         for reason, stranger in refused.items():
@@ -109,7 +109,7 @@ def test_strangers_stay_outside(terminals: Terminals, keys: Path, tmp_path: Path
     hold.touch()  # or the run would be over before rome has tried to come back
     (keys / "clients" / "rome.pub").unlink()
     server.wait_for("2 keys may join", 60)
-    members[2].wait_for(f"does not take {keys}/rome/client.key: it does not know it, or", 120)
+    members[2].wait_for(f"rejected {keys}/rome/client.key: it does not know this key, or", 120)
     hold.unlink()
     assert server.wait(400) == 0, server.text
     assert [member.wait(60) for member in members[:2]] == [0, 0]

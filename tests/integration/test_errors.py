@@ -313,7 +313,7 @@ def test_other_machines_may_connect_with_tls_or_after_a_warning(
     port = free_port()
     assert command("server.py", "--data", "embedded", "--address", f"{address}:{port}", *options)[0] == 0
     assert hosted == [((address, port), keys if "--tls" in options else None)]
-    assert said == [f"WARNING: {address}:{port} is open, without TLS, to all who can connect"] * warned
+    assert said == [f"WARNING: {address}:{port} is open to everyone who can connect, without TLS"] * warned
 
 
 # ------------------------------------------------------------------------------------------- the server's surroundings

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -158,7 +158,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, in_a_run: None) -> Clock:
 def federation(clock: Clock, *clients: FakeClient, count: int = 2, **config: Any) -> tuple[ClientGrid, FakeGrid]:
     grid = FakeGrid(clock, clients)
     settings = {key.replace("_", "-"): value for key, value in config.items()}
-    return ClientGrid(grid, Roster(grid, validate({"num-clients": count} | settings), "/data", DATA)), grid
+    return ClientGrid(grid, Roster(grid, validate({"num-clients": count} | settings), model_with(DATA))), grid
 
 
 def places(ours: ClientGrid) -> dict[int, int]:
@@ -577,12 +577,17 @@ def test_a_mask_is_a_bit_per_sample_and_decodes_to_the_rows(clock: Clock, sample
     data = (np.zeros(samples), np.arange(samples)), (np.zeros(samples + 3), np.arange(samples + 3))
     grid = FakeGrid(clock, [])
     for partitions in {1, min(samples, 3), min(samples, 8)}:
-        ours = ClientGrid(grid, Roster(grid, validate({"num-clients": partitions}), "/data", data))
+        ours = ClientGrid(grid, Roster(grid, validate({"num-clients": partitions}), model_with(data)))
         for split, size in (("train", samples), ("test", samples + 3)):
             for rows in ours.roster.parts[split]:
                 mask = ours._mask(split, rows)
                 assert (mask.dtype, mask.nbytes) == (np.uint8, math.ceil(size / 8))
                 assert np.flatnonzero(np.unpackbits(mask, count=size)).tolist() == rows.tolist()
+
+
+def model_with(data: Any) -> SimpleNamespace:
+    """Return what a Roster wants to know of the server's model."""
+    return SimpleNamespace(root="/data", data=data, task=cifar)
 
 
 def own_samples(mask: ArrayRecord | None, server_data: Any = DATA) -> list[int]:

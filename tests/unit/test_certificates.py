@@ -88,8 +88,8 @@ def test_all_that_is_said_is_made(make: Callable[..., int], tmp_path: Path, caps
     assert {content for name, content in made.items() if name.endswith("ca.crt")} == {authority}
     assert capsys.readouterr().out.splitlines() == [
         f"server: --tls {keys}, until {loaded(keys / 'server.crt').not_valid_after_utc:%Y-%m-%d}",
-        f"client: --tls {keys}/berlin, on that machine; to remove it: rm {keys}/clients/berlin.pub",
-        f"client: --tls {keys}/paris, on that machine; to remove it: rm {keys}/clients/paris.pub",
+        f"client: --tls {keys}/berlin, on its machine; to remove it: rm {keys}/clients/berlin.pub",
+        f"client: --tls {keys}/paris, on its machine; to remove it: rm {keys}/clients/paris.pub",
     ]
 
 
@@ -274,7 +274,7 @@ def test_an_authority_of_which_a_part_is_elsewhere_is_not_replaced(
 ) -> None:
     (keys / name).unlink()
     before = files(keys)
-    assert f"{keys / name} is not there" in refused(keys, "--server", "localhost")
+    assert f"{keys / name} is missing" in refused(keys, "--server", "localhost")
     assert files(keys) == before
 
 
@@ -283,7 +283,7 @@ def test_a_client_without_an_authority_is_refused(refused: Callable[..., str], t
     folder = tmp_path / "keys"
     if there:
         folder.mkdir()
-    assert "give --server HOST" in refused(folder, "--client", "berlin")
+    assert "add --server HOST" in refused(folder, "--client", "berlin")
     assert files(tmp_path) == {}
 
 

@@ -96,23 +96,23 @@ HURTS = {
     "a net of its own mind": (
         [("def Net():", "def Net():\n    torch.seed()")], "is not deterministic for a fixed seed"),
     "an optimizer that restarts": (
-        [("lr=lr)", "lr=lr, momentum=0.9)")], "restarts with every call"),
-    "Adam": ([("SGD", "Adam"), ("lr=0.1", "lr=0.01")], "restarts with every call"),
+        [("lr=lr)", "lr=lr, momentum=0.9)")], "restarts in every call"),
+    "Adam": ([("SGD", "Adam"), ("lr=0.1", "lr=0.01")], "restarts in every call"),
     "a schedule that restarts": (
         [("torch.manual_seed(seed + epoch)",
           "torch.manual_seed(seed + epoch); optimizer.param_groups[0]['lr'] = lr / (epoch + 1)")],
-        "restarts with every call"),
+        "restarts in every call"),
     "epochs that are not shuffled by seed and epoch": (
         [("for epoch in range(epochs):\n        torch.manual_seed(seed + epoch)",
-          "torch.manual_seed(seed)\n    for epoch in range(epochs):")], "is not shuffled by seed + e"),
+          "torch.manual_seed(seed)\n    for epoch in range(epochs):")], "is not shuffled with seed + e"),
     "dropout": ([("nn.Tanh()", "nn.Tanh(), nn.Dropout(0.5)")], "random steps (dropout"),
     "batch statistics": (
         [("nn.Tanh()", "nn.BatchNorm1d(WIDTH)")],
-        "1.num_batches_tracked, 1.running_mean, 1.running_var: changed though"),
+        "1.num_batches_tracked, 1.running_mean, 1.running_var: changed although"),
     "a rate of its own": ([("lr=lr", "lr=0.1")], "ignores its lr"),
     "a rate of its own for some": (
         [("net.parameters()", "[{'params': net[0].parameters(), 'lr': 0.1}, {'params': net[2].parameters()}]")],
-        "0.bias, 0.weight: changed though"),
+        "0.bias, 0.weight: changed although"),
     "no rate": ([("lr=0.1", "lr")], "no default for lr"),
     "a training loss that is a sum": (
         [("total / len(y)", "total")], "train() returns a sum"),
@@ -122,7 +122,7 @@ HURTS = {
         [("F.cross_entropy(logits, data[1])", "F.cross_entropy(logits, data[1], reduction='sum')")],
         "test() returns a sum"),
     "steps along a sum": (
-        [("loss.backward()", "(loss * len(rows)).backward()"), ("lr=0.1", "lr=0.001")], "steps along the sum"),
+        [("loss.backward()", "(loss * len(rows)).backward()"), ("lr=0.1", "lr=0.001")], "follows the sum"),
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_what_hurts_is_named_and_nothing_else(checked: Any, fault: str) -> None:
     changes, expected = HURTS[fault]
     *found, verdict = checked(faulty(*changes))
     assert len(found) == 1 and expected in found[0] and found[0].startswith("NAME: ")
-    assert verdict == "NAME can be federated, but mind the 1 above"
+    assert verdict == "NAME can be federated (1 warning above)"
 
 
 def test_a_test_in_training_mode_is_named(checked: Any) -> None:
@@ -144,13 +144,13 @@ def test_faults_are_named_together(checked: Any) -> None:
     *found, verdict = checked(faulty(*changes))
     assert [line[:30] for line in found] == ["NAME: train() makes random ste", "NAME: test() returns a sum of ",
                                             "NAME: train() has no default f"]  # fmt: skip
-    assert verdict == "NAME can be federated, but mind the 3 above"
+    assert verdict == "NAME can be federated (3 warnings above)"
 
 
 IMPORTS = {
-    "a loop": ("for epoch in range(2):\n    WIDTH += epoch", "work is done at import: "),
-    "long work": ("import time\nslept = time.sleep(0.6)", "work is done at import: "),
-    "large data": ("x_train = np.zeros((200, 60))", "x_train is made at import"),
+    "a loop": ("for epoch in range(2):\n    WIDTH += epoch", "work is done at import, "),
+    "long work": ("import time\nslept = time.sleep(0.6)", "work is done at import, "),
+    "large data": ("x_train = np.zeros((200, 60))", "x_train is created at import"),
     "a command line": (
         "import argparse\nargs = argparse.ArgumentParser().parse_args()", "the command line is read at import"),
 }  # fmt: skip
@@ -162,7 +162,7 @@ def test_what_an_import_should_not_do_is_named_with_its_line(checked: Any, deed:
     *found, verdict = checked(faulty(("WIDTH = 16", f"WIDTH = 16\n{code}")))
     line = 11 + code.count("\n") if deed != "a loop" else 11
     assert len(found) == 1 and found[0].startswith(f"NAME, line {line}: {expected}")
-    assert verdict == "NAME can be federated, but mind the 1 above"
+    assert verdict == "NAME can be federated (1 warning above)"
 
 
 USELESS = {

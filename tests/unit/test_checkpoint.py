@@ -4,6 +4,7 @@ import gc
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
+from federation.app import weights
 from federation.app.checkpoint import RESUMABLE_KEYS, check_same, checkpoints, load_checkpoint, save_checkpoint
 from federation.app.config import RunConfig, defaults, validate
 from federation.app.report import Report
@@ -286,7 +288,7 @@ DATA = (np.zeros((6, 2)), np.arange(6)), (np.zeros((4, 2)), np.arange(4))
 
 def report(folder: Path, **values: Any) -> Report:
     config = validate({"out": str(folder), **{key.replace("_", "-"): value for key, value in values.items()}})
-    return Report(config, "here", DATA)
+    return Report(config, SimpleNamespace(root="here", data=DATA, suffix=".npz", save=weights.save_arrays))
 
 
 def play(run: Report, rounds: int) -> None:
@@ -334,5 +336,5 @@ def test_a_report_refuses_another_config_or_other_data_and_keeps_what_is_there(t
         report(tmp_path, resume=True, seed=5)
     for name, data in (("there", DATA), ("here", (DATA[0], DATA[0]))):
         with pytest.raises(ValueError, match=f"cannot resume {tmp_path}: it was begun with other data, here"):
-            Report(validate({"out": str(tmp_path), "resume": True}), name, data)
+            Report(validate({"out": str(tmp_path), "resume": True}), SimpleNamespace(root=name, data=data))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -108,7 +108,7 @@ def test_bash_completes_it_with_the_script_that_it_shows(tmp_path: Path) -> None
         ("compare --quick --seeds 0", "federate compare: error: --seeds 0: 1 or more is needed"),
         (
             "certificates keys --client berlin",
-            "federate certificates: error: there is no certificate authority in keys",
+            "federate certificates: error: keys has no certificate authority yet",
         ),
         ("certificates", "federate certificates: error: Missing argument 'FOLDER'"),
     ],

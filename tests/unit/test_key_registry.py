@@ -150,7 +150,7 @@ def test_a_bad_key_is_reported_once_and_left_out_and_disturbs_no_other(
     good = played.put("good", key(11))
     played.update()
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{bad} is left out: ") and reason in line
+    assert line.startswith(f"{bad} is skipped: ") and reason in line
     assert played.known() == {11}
     good.unlink()
     assert played.update() == ["unregister 11"], "it goes on to watch"

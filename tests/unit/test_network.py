@@ -155,10 +155,10 @@ def of_another_name(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("serving", "reason"),
     [
-        (of_another_authority, "cannot be trusted: unable to get local issuer certificate"),
-        (expired, "cannot be trusted: certificate has expired"),
-        (of_another_name, "cannot be trusted: IP address mismatch, certificate is not valid for '127.0.0.1'."),
-        (None, "does not speak TLS; start it with --tls, or leave it out here"),
+        (of_another_authority, "is not trusted: unable to get local issuer certificate"),
+        (expired, "is not trusted: certificate has expired"),
+        (of_another_name, "is not trusted: IP address mismatch, certificate is not valid for '127.0.0.1'."),
+        (None, "does not use TLS; start it with --tls, or omit --tls here"),
     ],
     ids=["another authority", "expired", "another name", "no TLS"],
 )
@@ -177,5 +177,5 @@ def test_a_certificate_that_fails_is_explained(
 def test_tls_where_none_was_asked_for_is_explained(answer: bytes, tmp_path: Path) -> None:
     with listener(answer, made(tmp_path, "127.0.0.1")) as server, pytest.raises(LaunchError) as error:
         is_up(server)
-    reason = "speaks TLS; give --tls DIR, with its authority's ca.crt"
+    reason = "uses TLS; add --tls DIR, with its authority's ca.crt"
     assert str(error.value) == f"the server at 127.0.0.1:{server[1]} {reason}"

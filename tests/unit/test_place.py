@@ -66,7 +66,7 @@ def test_a_folder_that_others_have_a_hand_in_is_refused(temporary: Path, kind: s
         if os.getuid():
             pytest.skip("only root gives files away")
         os.chown(planted, 12345, 12345)
-    with pytest.raises(LaunchError, match=f"^{planted} is not a folder of yours .* remove it"), place_on_host():
+    with pytest.raises(LaunchError, match=f"^{planted} is not your own folder .* remove it"), place_on_host():
         pass
     assert [path.name for path in temporary.glob("*/*")] == []
 
