@@ -83,13 +83,13 @@ def check_options(args: SimpleNamespace) -> None:
 
 def check_initial(config: "RunConfig", simulates: bool) -> None:
     """Raise ValueError where the weights to begin with are missing, or leave a simulation without data."""
-    if config.initial and not Path(config.initial).expanduser().is_file():
-        raise ValueError(f"initial={config.initial}: there is no such file")
     if simulates and config.bare:
         raise ValueError(
             f"initial={config.initial} and server-evaluation=false: such a server reads no data, and --simulate needs "
             "them; set server-evaluation=true"
         )
+    if config.initial and not Path(config.initial).expanduser().is_file():
+        raise ValueError(f"initial={config.initial}: there is no such file")
 
 
 def read_network(args: SimpleNamespace) -> "tuple[Address, Path | None]":
