@@ -27,7 +27,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the argume
 }
 NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 SETTABLE = bool | int | float | str | None  # defaults of arguments that the run config can set
-EXTRAS = {"jax": "jax", "flax": "jax", "optax": "jax", "keras": "keras", "tensorflow": "keras"}
+EXTRAS = {"jax": "[jax]", "flax": "[jax]", "optax": "[jax]", "keras": "[keras]", "tensorflow": "[keras]"}
+EXTRAS |= {"torch": "", "torchvision": ""}  # what is installed without any
 MAIN_ONLY = "it exits when it is imported; move what only the script itself does below: if __name__ == '__main__':"
 
 
@@ -45,7 +46,7 @@ def load_task(name: str) -> ModuleType:
         raise ValueError(f"task {name!r} cannot be imported: {why}") from None
     except Exception as error:  # whatever the script does when it is imported
         extra = EXTRAS.get((getattr(error, "name", None) or "").split(".")[0])
-        remedy = f"; install it by: pip install '.[{extra}]'" if extra else ""
+        remedy = "" if extra is None else f"; install it by: pip install '.{extra}'"
         raise ValueError(f"task {name!r} cannot be imported: {one_line(error)}{remedy}") from None
     check_contract(task)
     return task

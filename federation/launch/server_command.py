@@ -60,7 +60,7 @@ def serve(args: SimpleNamespace) -> int:
         network.check_exposed(address, tls is not None, args.insecure)
         config = run_config(args)
         nodes = plan(args, config)
-        check_initial(config)
+        check_initial(config, nodes is not None)
     config = config.changed(
         out=host.writable(config.out), initial=config.initial and str(Path(config.initial).expanduser().absolute())
     )
@@ -82,8 +82,13 @@ def check_options(args: SimpleNamespace) -> None:
         raise click.UsageError("--simulate N plays all clients here: it goes with none of --clients, --address, --tls")
 
 
-def check_initial(config: "RunConfig") -> None:
-    """Raise ValueError where the weights to begin with are missing."""
+def check_initial(config: "RunConfig", simulates: bool) -> None:
+    """Raise ValueError where the weights to begin with are missing, or leave a simulation without data."""
+    if simulates and config.bare:
+        raise ValueError(
+            f"initial={config.initial} and server-evaluation=false: such a server reads no data, and --simulate needs "
+            "them; set server-evaluation=true"
+        )
     if config.initial and not Path(config.initial).expanduser().is_file():
         raise ValueError(f"initial={config.initial}: there is no such file")
 

@@ -132,6 +132,11 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--run-config", "resume=1"], ["resume=1", "bool"]),
         (["--resume"], ["cannot resume runs/federated", "no checkpoint", "without --resume"]),
         (["--run-config", "resume=true out='elsewhere'"], ["cannot resume elsewhere: it has no checkpoint"]),
+        (["--initial", "none.npz"], ["initial=none.npz", "no such file"]),
+        (
+            ["--simulate", "2", "--initial", "none.npz", "--run-config", "server-evaluation=false"],
+            ["initial=none.npz", "reads no data", "set server-evaluation=true"],
+        ),
         (["--simulate", "0"], ["--simulate 0: 1 client or more"]),
         (["--simulate", "-2"], ["--simulate -2: 1 client or more"]),
         (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
