@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 import cifar
-from federation.app import bundle, client_grid, job, packing, partition, roster, weights
+from federation.app import bundle, client_grid, delivery, job, packing, partition, roster, weights
 from federation.app.client_grid import ClientGrid, seed_sampling
 from federation.app.config import validate
 from federation.app.fingerprint import fingerprint
