@@ -21,6 +21,10 @@ Rate = Annotated[float, Field(ge=0, le=1e6)]
 Decay = Annotated[float, Field(ge=0, le=0.999999)]
 
 
+class SettingError(ValueError):
+    """A setting of a run does not go with its task or its data."""
+
+
 class RunConfig(BaseModel):
     """The settings of a run: `config.num_clients` is the value of the key num-clients. They do not change.
 

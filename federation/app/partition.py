@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation.app import samples
-from federation.app.config import RunConfig
+from federation.app.config import RunConfig, SettingError
 
 Rows = NDArray[np.int32]  # row numbers in ascending order
 Parts = dict[str, list[Rows]]  # of each partition, by split
@@ -51,7 +51,7 @@ def hold_back(rows: NDArray[Any], config: RunConfig, position: int) -> dict[str,
     Raises ValueError where a client has too few.
     """
     if len(rows) < 2:
-        raise ValueError(f"validation-fraction={config.validation_fraction:g} needs 2 training samples or more, and "
+        raise SettingError(f"validation-fraction={config.validation_fraction:g} needs 2 training samples or more, and "
                          f"client {position} has {len(rows)}")  # fmt: skip
     order = np.random.default_rng([config.seed, position]).permutation(rows)
     held = min(max(1, round(config.validation_fraction * len(rows))), len(rows) - 1)
@@ -69,7 +69,7 @@ def by_group(data: Any, partitions: int, config: RunConfig) -> Parts:
     size = config.group_size if config.partitioner == "grouped-natural-id" else 1
     clients = -(-len(ids) // size)
     if clients != partitions:
-        raise ValueError(f"partitioner={config.partitioner} makes {clients} clients of the {len(ids)} groups in the "
+        raise SettingError(f"partitioner={config.partitioner} makes {clients} clients of the {len(ids)} groups in the "
                          f"data, not {partitions}: set num-clients={clients}")  # fmt: skip
     parts = [np.flatnonzero(members // size == client).astype(np.int32) for client in range(clients)]
     return {"train": parts, "test": _test_rows(data[1], parts, ids, size, config)}
@@ -87,10 +87,10 @@ def _test_rows(test: Any, train: list[Rows], ids: NDArray[Any], size: int, confi
         zeros = np.zeros(sum(map(len, train)), np.int64)
         return _in_proportion(train, zeros, np.zeros(count, np.int64), config.seed)
     if unknown := sorted({*found.tolist()} - {*ids.tolist()}):
-        raise ValueError(f"the test data have the group {unknown[0]!r}, which no training sample has")
+        raise SettingError(f"the test data have the group {unknown[0]!r}, which no training sample has")
     client = np.searchsorted(ids, found) // size
     if missing := sorted({*range(len(train))} - {*client.tolist()}):
-        raise ValueError(f"the group {ids[missing[0] * size]} has no test samples; with validation-fraction=0.2, "
+        raise SettingError(f"the group {ids[missing[0] * size]} has no test samples; with validation-fraction=0.2, "
                          "clients are tested on a part of their training samples")  # fmt: skip
     return [np.flatnonzero(client == one).astype(np.int32) for one in range(len(train))]
 

@@ -28,7 +28,8 @@ def curves(metrics: dict[str, Any], path: Path) -> None:
         axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(**WHOLE)
     dataset = metrics["dataset"]
-    figure.suptitle(f"{metrics['task']} on {Path(dataset['name']).name} ({dataset['train']:,} samples), federated")
+    on = f" on {Path(dataset['name']).name} ({dataset['train']:,} samples)" if dataset["train"] else ""
+    figure.suptitle(f"{metrics['task']}{on}, federated")
     figure.savefig(path, dpi=120)
 
 

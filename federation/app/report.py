@@ -59,8 +59,11 @@ class Report:
         if config.resume:
             self._resume()
         self._write()
-        where = root or "its own data"
-        print_to_user(f"{config.task} on {where}: {train:,} training and {test:,} test samples")
+        if model.data:
+            where = root or "its own data"
+            print_to_user(f"{config.task} on {where}: {train:,} training and {test:,} test samples")
+        else:
+            print_to_user(f"{config.task}: initial weights from {Path(config.initial).name}, no data on the server")
 
     def _resume(self) -> None:
         saved, records = load_checkpoint(self.folder)
@@ -224,7 +227,7 @@ def count(labels: Any, held: list[Rows]) -> list[list[int]]:
 
 def _frameworks() -> dict[str, str]:
     names = ("torch", "torchvision", "jax", "flax", "optax", "keras", "tensorflow")
-    return {name: str(sys.modules[name].__version__).split("+")[0] for name in names if name in sys.modules}
+    return {name: str(sys.modules[name].__version__).split("+")[0] for name in names if sys.modules.get(name)}
 
 
 def _columns(own: list[str]) -> list[tuple[str, str, str]]:

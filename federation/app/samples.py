@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from federation.app.config import SettingError
+
 LABELS = "label", "labels", "target", "targets"  # what the column or attribute with the labels may be called
 
 
@@ -85,10 +87,10 @@ def item(split: Any, row: int) -> tuple[Any, Any]:
 
 
 def groups(split: Any) -> NDArray[Any]:
-    """Return the group of each sample, by number, text or bytes. Raises ValueError where there are none."""
+    """Return the group of each sample, by number or text. Raises SettingError where there are none."""
     found = split[2] if is_arrays(split) and len(split) == 3 else getattr(split, "groups", None)
     if found is None:
-        raise ValueError("the data have no groups: load_data() should return (x, y, groups), or a data set with an "
+        raise SettingError("the data have no groups: load_data() should return (x, y, groups), or a data set with an "
                          "attribute `groups`")  # fmt: skip
     return np.asarray(found)
 

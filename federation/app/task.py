@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from federation.app import hide_tensorflow, samples
-from federation.app.config import RunConfig, parse
+from federation.app.config import RunConfig, SettingError, parse
 from federation.app.console import FOLDER, one_line
 from federation.app.fingerprint import fingerprint
 from federation.app.layout import SCRIPTS
@@ -27,7 +27,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {  # each name of a task, with the argume
 }
 NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 SETTABLE = bool | int | float | str | None  # defaults of arguments that the run config can set
-EXTRAS = {"jax": "jax", "flax": "jax", "optax": "jax", "keras": "keras", "tensorflow": "keras"}
+EXTRAS = {"jax": "[jax]", "flax": "[jax]", "optax": "[jax]", "keras": "[keras]", "tensorflow": "[keras]"}
+EXTRAS |= {"torch": "", "torchvision": ""}  # what is installed without any
 MAIN_ONLY = "it exits when it is imported; move what only the script itself does below: if __name__ == '__main__':"
 
 
@@ -45,7 +46,7 @@ def load_task(name: str) -> ModuleType:
         raise ValueError(f"task {name!r} cannot be imported: {why}") from None
     except Exception as error:  # whatever the script does when it is imported
         extra = EXTRAS.get((getattr(error, "name", None) or "").split(".")[0])
-        remedy = f"; install it by: pip install '.[{extra}]'" if extra else ""
+        remedy = "" if extra is None else f"; install it by: pip install '.{extra}'"
         raise ValueError(f"task {name!r} cannot be imported: {one_line(error)}{remedy}") from None
     check_contract(task)
     return task
@@ -157,7 +158,7 @@ def classes_of(task: ModuleType, train: Any) -> int:
 def train_settings(task: ModuleType, config: RunConfig) -> dict[str, Any]:
     """Return what train() is called with, besides net, data and seed.
 
-    Raises ValueError where the run config's train-arguments are unknown to it, or of another type than its defaults.
+    Raises SettingError where the run config's train-arguments are unknown to it, or of another type than its defaults.
     """
     parameters = {name: one for name, one in inspect.signature(task.train).parameters.items() if one.kind in NAMED}
     settable = {name: one.default for name, one in parameters.items() if name not in CONTRACT["train"]}
@@ -166,10 +167,10 @@ def train_settings(task: ModuleType, config: RunConfig) -> dict[str, Any]:
     for name, value in given.items():
         if name not in settable:
             known = ", ".join(settable) or "none"
-            raise ValueError(f"train-arguments: {task.__name__}.train() takes no {name}; what can be set: {known}")
+            raise SettingError(f"train-arguments: {task.__name__}.train() takes no {name}; what can be set: {known}")
         if not _is_like(value, settable[name]):
             kind = type(settable[name]).__name__
-            raise ValueError(f"train-arguments: {name}={value!r} should be of type {kind}, as its default in train()")
+            raise SettingError(f"train-arguments: {name}={value!r} should be of type {kind}, as its default in train()")
     fractions = {name: float(value) for name, value in given.items() if isinstance(settable[name], float)}
     return config.train_settings() | fractions
 

@@ -67,11 +67,11 @@ def options(group: str = "Options") -> Callable[..., Any]:
 
 
 @contextmanager
-def misuse(option: str = "") -> Iterator[None]:
-    """Take a ValueError for a mistake on the command line: in the value of an option, or in all of it."""
+def misuse(option: str = "", of: type[ValueError] = ValueError) -> Iterator[None]:
+    """Take an error for a mistake on the command line: in the value of an option, or in all of it."""
     try:
         yield
-    except ValueError as error:
+    except of as error:
         whole = click.UsageError(str(error))
         raise click.BadParameter(str(error), param_hint=f"'{option}'") if option else whole from None
 

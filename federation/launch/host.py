@@ -12,7 +12,7 @@ from threading import Thread
 from typing import Any
 
 from federation.app import hide_tensorflow
-from federation.app.config import RunConfig, Settings
+from federation.app.config import RunConfig, SettingError, Settings
 from federation.app.layout import PACKAGE, SCRIPTS
 from federation.launch import warm
 from federation.launch.fork_server import PREPARE
@@ -79,7 +79,7 @@ class Preparation:
             raise LaunchError(f"the process that tries {self.task} ended with status {self.process.poll()}")
         found: dict[str, Any] = json.loads(self.report.read_text("utf-8"))
         if "error" in found:
-            raise ValueError(found["error"])
+            raise (SettingError if found["setting"] else ValueError)(found["error"])
         return found
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from federation.app.config import RunConfig, validate
-from federation.app.partition import check_enough
+from federation.app import metrics
+from federation.app.config import RunConfig, SettingError, validate
+from federation.app.partition import BY_GROUP, check_enough, split_data
 from federation.app.run_folder import write_atomically
 from federation.app.samples import count
 from federation.app.sources import sources
@@ -39,6 +40,8 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
     settings = {name: value for name, value in train_settings(task, config).items() if name not in CONTRACT["train"]}
     check_enough(min(map(count, data[:1] if config.validation_fraction else data)), config.num_clients)
     yield {"data": root, "files": _files(task)}
+    if config.partitioner in BY_GROUP:
+        split_data(data, config.num_clients, config)  # for others, that takes long, and hardly ever fails
     trial = Trial(task, data, SAMPLES, settings)
     if trial.defaults and not config.learning_rate:
         raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")
@@ -46,10 +49,24 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
         read_model(Path(config.initial), trial.net())
     try:
         check_usable(trial)
+        check_best(config, trial)
+    except SettingError:
+        raise
     except ValueError as error:
         raise ValueError(f"{task.__name__} cannot be federated: {error}") from None
     imports = [name for name in frameworks() if name.count(".") <= 1]  # these import all others
     yield {"data": root, "files": _files(task, sys.modules.keys() - before), "imports": imports}
+
+
+def check_best(config: RunConfig, trial: Trial) -> None:
+    """Raise SettingError where the metric by which the best model is to be kept does not exist."""
+    side, _, name = config.best_key.partition(":")[0].partition("_")
+    tested = list(metrics.named("test", trial.test()))
+    known = {"train": list(metrics.named("train", trial.train().loss)), "clients": tested, "server": tested}
+    if name not in known[side] or (side == "server" and not config.server_evaluation):
+        there = [f"{one}_{name}" for one, names in known.items() if one != "server" or config.server_evaluation
+                 for name in names]  # fmt: skip
+        raise SettingError(f"best-metric={config.best_metric}: there is no such metric; there are {', '.join(there)}")
 
 
 def _files(task: ModuleType, modules: Iterable[str] = ()) -> dict[str, str]:
@@ -67,4 +84,4 @@ def main() -> None:
         for found in prepare(validate(config)):
             write(found)
     except (ValueError, OSError) as error:
-        write({"error": str(error)})
+        write({"error": str(error), "setting": isinstance(error, SettingError)})

@@ -51,6 +51,7 @@ def server(
 def serve(args: SimpleNamespace) -> int:
     """Host the run that these options describe; return its exit status."""
     check_options(args)
+    from federation.app.config import SettingError
     from federation.app.run_folder import run_folder  # here, so that --help need not wait for Flower
     from federation.launch import host, network, simulation
 
@@ -59,7 +60,7 @@ def serve(args: SimpleNamespace) -> int:
         network.check_exposed(address, tls is not None, args.insecure)
         config = run_config(args)
         nodes = plan(args, config)
-        check_initial(config)
+        check_initial(config, nodes is not None)
     config = config.changed(
         out=host.writable(config.out), initial=config.initial and str(Path(config.initial).expanduser().absolute())
     )
@@ -67,7 +68,7 @@ def serve(args: SimpleNamespace) -> int:
         print(simulation.describe(config.num_clients, nodes), flush=True)
     else:
         network.check_free(address)
-    with run_folder(Path(config.out)):
+    with run_folder(Path(config.out)), misuse(of=SettingError):
         return host.host_run(address, config, nodes, tls)
 
 
@@ -81,8 +82,13 @@ def check_options(args: SimpleNamespace) -> None:
         raise click.UsageError("--simulate N plays all clients here: it goes with none of --clients, --address, --tls")
 
 
-def check_initial(config: "RunConfig") -> None:
-    """Raise ValueError where the weights to begin with are missing."""
+def check_initial(config: "RunConfig", simulates: bool) -> None:
+    """Raise ValueError where the weights to begin with are missing, or leave a simulation without data."""
+    if simulates and config.bare:
+        raise ValueError(
+            f"initial={config.initial} and server-evaluation=false: such a server reads no data, and --simulate needs "
+            "them; set server-evaluation=true"
+        )
     if config.initial and not Path(config.initial).expanduser().is_file():
         raise ValueError(f"initial={config.initial}: there is no such file")
 

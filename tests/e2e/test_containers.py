@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
 
@@ -20,14 +22,31 @@ def test_no_data_and_no_keys_go_into_an_image() -> None:
     assert all(name.startswith("!") and name.endswith((".py", ".txt", ".toml")) for name in named)
 
 
-def test_what_is_pinned_suits_what_is_required() -> None:
-    pinned = (ROOT / "containers" / "client.txt").read_text("utf-8") + (ROOT / "containers" / "server.txt").read_text()
-    names = {line.split("==")[0] for line in pinned.splitlines() if line and not line.startswith("#")}
-    required = (
-        line.split(">")[0].split("[")[0] for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines()
-    )
-    assert {name for name in required if name} - names == {"torch", "torchvision"}, "which the Dockerfile pins"
-    assert all("==" in line or line.startswith("#") for line in pinned.splitlines())
+@pytest.mark.parametrize(
+    ("pins", "requirements", "pinned_elsewhere"),
+    [
+        (("base", "client", "pictures", "server"), "requirements.txt", {"torch", "torchvision"}),  # in the Dockerfile
+        (("base", "pictures"), "requirements-server.txt", set()),
+    ],
+)
+def test_what_is_pinned_suits_what_is_required(
+    pins: tuple[str, ...], requirements: str, pinned_elsewhere: set[str]
+) -> None:
+    lines = [line for name in pins for line in (ROOT / "containers" / f"{name}.txt").read_text("utf-8").splitlines()]
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    required = [
+        Requirement(line) for line in (ROOT / requirements).read_text("utf-8").splitlines() if not line.startswith("#")
+    ]
+    assert {one.name for one in required} - pinned.keys() == pinned_elsewhere
+    assert all(pinned[one.name] in one.specifier for one in required if one.name in pinned)
+
+
+def test_each_image_is_built_once_and_the_server_can_be_reached_from_other_machines() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text("utf-8"))["services"]
+    built = sorted(service["image"] for service in services.values() if "build" in service)
+    assert built == sorted({service["image"] for service in services.values()})
+    assert [port.rpartition(":")[2] for port in services["server"]["ports"]] == ["8080"]
+    assert not any("ports" in service for name, service in services.items() if name != "server")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ COMMANDS = {
     if line.strip()
 }
 RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo runs cifar.py, server.py and client.py
-    "make demo", "make test", "make test-slow", "make lint", "make install EXTRAS=dev,jax,keras",
+    "make demo", "make test", "make test-slow", "make lint", "make install EXTRAS=dev,jax,keras,sklearn,lightning,text",
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
@@ -33,7 +33,7 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "docker compose up --build --scale client=4",  # by test_containers, where there is an engine
     "docker build --target server -t flower_server . && docker build --target client -t flower_client .",
     "docker network create federation",
-    "docker run --rm -d --name server --network federation flower_server --insecure --data embedded",
+    "docker run --rm -d --name server --network federation -p 8080:8080 flower_server --insecure --data embedded",
     "docker run --rm -d --network federation flower_client --server server:8080",
     "docker run --rm --network federation flower_client --server server:8080",
     "python -m federation.compare --data DIR", "python benchmarks/niid_bench.py --data DIR",  # by hand: they take hours

@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 import server
-from federation.app import client_grid, partition, picture, samples, weights
+from federation.app import client_grid, delivery, partition, picture, samples, weights
 from federation.app.config import Settings, validate
 from federation.app.task import build_net, classes_of, find_data, load_task
 from tests.in_memory import InMemoryGrid, another_process
@@ -295,7 +295,7 @@ def test_how_many_nodes_play_the_clients_does_not_matter(ladder: Ladder, referen
 def test_how_many_models_a_bundle_holds_does_not_matter(
     ladder: Ladder, reference: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_grid, "BUNDLED", 1)
+    monkeypatch.setattr(delivery, "BUNDLED", 1)
     assert digest(ladder.federate(5, {7: {"partition-id": 0, "num-partitions": 1}}, **SOME)) == reference
 
 

@@ -132,6 +132,11 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
         (["--run-config", "resume=1"], ["resume=1", "bool"]),
         (["--resume"], ["cannot resume runs/federated", "no checkpoint", "without --resume"]),
         (["--run-config", "resume=true out='elsewhere'"], ["cannot resume elsewhere: it has no checkpoint"]),
+        (["--initial", "none.npz"], ["initial=none.npz", "no such file"]),
+        (
+            ["--simulate", "2", "--initial", "none.npz", "--run-config", "server-evaluation=false"],
+            ["initial=none.npz", "reads no data", "set server-evaluation=true"],
+        ),
         (["--simulate", "0"], ["--simulate 0: 1 client or more"]),
         (["--simulate", "-2"], ["--simulate -2: 1 client or more"]),
         (["--simulate", "2", "--clients", "2"], ["--simulate", "--clients"]),
@@ -346,6 +351,37 @@ def test_server_names_a_task_that_is_not_there(command: Command, task: str, name
 
 def test_server_names_the_folder_of_a_task_that_is_elsewhere(command: Command) -> None:
     check(command("server.py", "--task", "/home/flowers.py"), 2, "server.py", "/home/flowers.py", "its name, flowers")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train-arguments='momentun=0.5'", "tiny.train() takes no momentun; what can be set: "),
+        ("train-arguments='momentum=true'", "momentum=True should be of type float"),
+        ("partitioner='by-column'", "the data have no groups: load_data() should return (x, y, groups)"),
+        (
+            "best-metric='server_recall'",
+            "there is no such metric; there are train_loss, clients_loss, clients_accuracy",
+        ),
+        ("server-evaluation=false best-metric='server_accuracy'", "there is no such metric"),
+    ],
+)
+def test_server_refuses_settings_that_the_task_or_its_data_cannot_take(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, said: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tiny.py").write_text(TINY.replace("lr=0.1", "lr=0.1, momentum=0.0"), "utf-8")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.json").write_text("an earlier result")
+    line = ["--task", "tiny", "--out", "run", "--run-config", setting]
+    check(command("server.py", *line), 2, "server.py", "error: ", said)
+    assert (tmp_path / "run" / "metrics.json").read_text() == "an earlier result"
+
+
+def test_server_names_weights_that_are_missing_or_do_not_fit(command: Command, tmp_path: Path) -> None:
+    check(command("server.py", "--initial", "none.pt"), 2, "server.py", "error: initial=none.pt: there is no such file")
+    (tmp_path / "broken.pt").write_bytes(b"no model")
+    check(command("server.py", "--initial", "broken.pt"), 1, "server.py", "cannot read the model", "broken.pt")
 
 
 FRAME = """

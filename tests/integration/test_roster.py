@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 import cifar
-from federation.app import bundle, client_grid, job, packing, partition, roster, weights
+from federation.app import bundle, client_grid, delivery, job, packing, partition, roster, weights
 from federation.app.client_grid import ClientGrid, seed_sampling
 from federation.app.config import validate
 from federation.app.fingerprint import fingerprint
@@ -580,7 +580,7 @@ def test_a_mask_is_a_bit_per_sample_and_decodes_to_the_rows(clock: Clock, sample
         ours = ClientGrid(grid, Roster(grid, validate({"num-clients": partitions}), model_with(data)))
         for split, size in (("train", samples), ("test", samples + 3)):
             for rows in ours.roster.parts[split]:
-                mask = ours._mask(split, rows)
+                mask = ours.delivery.mask(split, rows)
                 assert (mask.dtype, mask.nbytes) == (np.uint8, math.ceil(size / 8))
                 assert np.flatnonzero(np.unpackbits(mask, count=size)).tolist() == rows.tolist()
 
@@ -603,7 +603,7 @@ def own_samples(mask: ArrayRecord | None, server_data: Any = DATA) -> list[int]:
 
 def test_a_client_takes_the_samples_of_its_mask_and_refuses_one_for_other_data(clock: Clock) -> None:
     ours, _ = federation(clock)
-    mask = ArrayRecord({"mask": Array(ours._mask("test", np.array([0, 8, 11], np.int32)))})
+    mask = ArrayRecord({"mask": Array(ours.delivery.mask("test", np.array([0, 8, 11], np.int32)))})
     assert own_samples(mask) == [0, 8, 11]
     assert own_samples(None) == list(range(12)), "without a mask, all are its own"
     with pytest.raises(ValueError, match="the data here are not the server's any more: as many training labels"):
@@ -732,7 +732,7 @@ def test_a_bundle_that_cannot_be_read_costs_its_node_only(
 def test_more_models_than_a_bundle_may_hold_go_one_bundle_after_the_other(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_grid, "BUNDLED", 2 * weights.size(MODEL))
+    monkeypatch.setattr(delivery, "BUNDLED", 2 * weights.size(MODEL))
     many = FakeNode(1, "a/0", clients=5, answers_after=3)
     ours, _ = federation(clock, many, count=5)
     ours.roster.wait_for(5)
@@ -749,13 +749,13 @@ def test_more_models_than_a_bundle_may_hold_go_one_bundle_after_the_other(
 def test_what_a_node_has_not_been_sent_yet_is_given_up_with_it(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, limit: dict[str, int]
 ) -> None:
-    monkeypatch.setattr(client_grid, "BUNDLED", 1)
+    monkeypatch.setattr(delivery, "BUNDLED", 1)
     ours, grid = federation(clock, FakeNode(1, "a/0", clients=3, answers_after=3), count=3, **limit)
     ours.roster.wait_for(3)
     if not limit:
         clock.at(clock.now + 4, lambda: grid.online.pop(1))
     assert len(train(ours)) == 1 and ours.pop_counters()["dropped"] == 2
-    assert not ours.sent and not any(ours.queued.values())
+    assert not ours.delivery.sent and not any(ours.delivery.queued.values())
 
 
 def test_a_node_that_leaves_takes_its_clients_with_it_and_they_get_their_partitions_back(clock: Clock) -> None:

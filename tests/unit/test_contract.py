@@ -150,6 +150,16 @@ def test_requirements_agree_with_pyproject() -> None:
     assert sorted(required) == sorted(PYPROJECT["project"]["dependencies"])
 
 
+def test_a_server_without_the_framework_requires_the_same_but_for_what_reads_data() -> None:
+    lines = (ROOT / "requirements-server.txt").read_text("utf-8").splitlines()
+    required = {line for line in lines if not line.startswith("#")}
+    everything = {line.replace("[simulation]", "") for line in PYPROJECT["project"]["dependencies"]}
+    assert required <= everything
+    assert {Requirement(line).name for line in everything - required} == {
+        "torch", "torchvision", "flwr-datasets", "pillow",
+    }  # fmt: skip
+
+
 # -------------------------------------------------------------------------------------------------------- tasks
 
 COMPLETE = {

@@ -119,7 +119,8 @@ def test_the_adapter_trains_with_the_functions_of_the_script(folder: Path, name:
 def test_the_guide_shows_what_is_written(folder: Path) -> None:
     text = adapted("digits", folder).read_text()
     [shown] = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "your_own_script.md").read_text("utf-8"), re.DOTALL)
-    assert all(part.strip() in text for part in shown.split("\n\n\n"))
+    without_spaces = "".join(text.split())  # the page has shorter lines
+    assert all("".join(part.split()) in without_spaces for part in shown.split("\n\n\n"))
 
 
 def test_gaps_are_listed_until_they_are_filled_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
