@@ -6,10 +6,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import cifar
 from tests.conftest import ROOT
 
 ENGINE = os.environ.get("CONTAINER_ENGINE") or next(filter(shutil.which, ("docker", "podman")), "")
@@ -49,11 +51,42 @@ def test_each_image_is_built_once_and_the_server_can_be_reached_from_other_machi
     assert not any("ports" in service for name, service in services.items() if name != "server")
 
 
+def skip_without_engine(*needed: str) -> None:
+    for command in needed:
+        if not ENGINE or subprocess.run([ENGINE, *command.split()], capture_output=True, check=False).returncode:
+            pytest.skip("there is no docker or podman here, with compose, or it does not answer")
+
+
+@pytest.mark.slow
+def test_a_server_without_the_framework_in_a_container(tmp_path: Path) -> None:
+    skip_without_engine("info")
+    np.savez(tmp_path / "initial.npz", **{name: value.numpy() for name, value in cifar.Net().state_dict().items()})
+    for target, image in (("server-slim", "flower_server_slim"), ("client", "flower_client")):
+        subprocess.run([ENGINE, "build", "--target", target, "-t", image, "."], cwd=ROOT, check=True, timeout=1800)
+    run, torch = (ENGINE, "run", "--rm", "--entrypoint", "python"), ("-c", "import torch")
+    assert (
+        b"No module named 'torch'" in subprocess.run([*run, "flower_server_slim", *torch], capture_output=True).stderr
+    )
+    server, *clients = names = [f"{tmp_path.name}-{i}".replace("_", "-") for i in range(3)]
+    options = ("-v", f"{tmp_path / 'initial.npz'}:/initial.npz:ro", "flower_server_slim", "--rounds", "1")
+    joins = ("--network", f"container:{server}", "flower_client", "--own-data", "--data", "embedded")
+    try:
+        start(server, *options, "--insecure", "--initial", "/initial.npz")
+        for name in clients:
+            start(name, *joins)
+        statuses = subprocess.check_output([ENGINE, "wait", *names], text=True, timeout=600).split()
+        assert statuses == ["0"] * 3, [subprocess.check_output([ENGINE, "logs", name], text=True) for name in names]
+    finally:
+        subprocess.run([ENGINE, "rm", "-f", *names], check=False)
+
+
+def start(name: str, *command: str) -> None:
+    subprocess.run([ENGINE, "run", "-d", "--name", name, *command], check=True, timeout=120)
+
+
 @pytest.mark.slow
 def test_a_federation_in_containers_ends_by_itself(tmp_path: Path) -> None:
-    for needed in ("info", "compose version"):
-        if not ENGINE or subprocess.run([ENGINE, *needed.split()], capture_output=True, check=False).returncode:
-            pytest.skip("there is no docker or podman here, with compose, or it does not answer")
+    skip_without_engine("info", "compose version")
     name = f"test-{tmp_path.name}".replace("_", "-").lower()
     compose = [ENGINE, "compose", "--project-name", name]
     settings = os.environ | {"ROUNDS": "1"}

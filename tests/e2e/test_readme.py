@@ -36,6 +36,16 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "docker run --rm -d --name server --network federation -p 8080:8080 flower_server --insecure --data embedded",
     "docker run --rm -d --network federation flower_client --server server:8080",
     "docker run --rm --network federation flower_client --server server:8080",
+    "docker build --target server-slim -t flower_server_slim .",  # by test_containers, likewise
+    "docker run --rm -p 8080:8080 -v ./initial.npz:/initial.npz:ro -v runs:/app/runs flower_server_slim --insecure "
+    "--initial /initial.npz",
+    "docker run --rm -v ./images:/data flower_client --server HOST:8080 --own-data --data /data",
+    'pip install -r requirements-server.txt',  # by test_bare_server, without PyTorch
+    'python server.py --initial initial.npz --run-config "server-evaluation=false"',
+    "export SERVER_NAME=HOST", "docker compose build", "docker compose run --rm keys --client berlin",  # by hand
+    "docker compose run --rm -T --entrypoint tar keys -C /keys -c berlin > berlin.tar", "CLIENTS=3 docker compose up",
+    "tar -xf berlin.tar", 'docker run --rm --user "$(id -u)" -v ./berlin:/key -v ./images:/data flower_client '
+    "--server HOST:8080 --tls /key --data /data",
     "python -m federation.compare --data DIR", "python benchmarks/niid_bench.py --data DIR",  # by hand: they take hours
     ".venv/bin/pytest -m data",  # by hand: it needs the real CIFAR-10
     "sh benchmarks/namespaces.sh",  # by hand: it needs root, and makes network interfaces
