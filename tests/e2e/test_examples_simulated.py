@@ -121,6 +121,7 @@ def test_arguments_of_the_scripts_own_can_be_set(module_terminals: Terminals) ->
 
 
 LONG = """
+from pathlib import Path
 
 from examples import digits_lightning
 from examples.digits_lightning import Net, load_data, test
