@@ -132,7 +132,10 @@ class Report:
         self._show(row)
 
     def _note_best(self, row: Mapping[str, Any]) -> bool:
-        """Tell whether the model of a round is the best so far, and note it. Raises ValueError."""
+        """Tell whether the model of a round is the best so far, and note it.
+
+        Raises ValueError if the round lacks the metric that was chosen.
+        """
         key, _, order = self.config.best_key.partition(":")
         value, best = row.get(key), self.metrics["best"]
         if row["round"] and value is None and self.config.best_metric != "server_loss":

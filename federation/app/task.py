@@ -155,8 +155,9 @@ def classes_of(task: ModuleType, train: Any) -> int:
     return samples.num_classes(train) if _takes(task.Net, "classes") else 0
 
 
+@functools.lru_cache(maxsize=1)
 def train_settings(task: ModuleType, config: RunConfig) -> dict[str, Any]:
-    """Return what train() is called with, besides net, data and seed.
+    """Return what train() is called with, besides net, data and seed: the same for every client of a node.
 
     Raises SettingError where the run config's train-arguments are unknown to it, or of another type than its defaults.
     """

@@ -24,6 +24,13 @@ def test_no_data_and_no_keys_go_into_an_image() -> None:
     assert all(name.startswith("!") and name.endswith((".py", ".txt", ".toml")) for name in named)
 
 
+def test_every_package_goes_into_the_images() -> None:
+    """Each is named: below a folder that is left out, `**` finds nothing."""
+    named = (ROOT / ".dockerignore").read_text("utf-8").split()
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "federation").rglob("*.py")}
+    assert [folder for folder in sorted(folders) if f"!{folder}/*.py" not in named] == []
+
+
 @pytest.mark.parametrize(
     ("pins", "requirements", "pinned_elsewhere"),
     [

@@ -176,9 +176,16 @@ def test_other_data_in_each_process_of_a_simulation_are_an_error(terminals: Term
 
 def of_ray(terminals: Terminals) -> list[psutil.Process]:
     """Return the processes of Ray that have written their title over their environment, so that it has no tag."""
-    sessions = {os.getsid(process.pid) for process in terminals.processes()}
-    theirs = (process for process in psutil.process_iter() if os.getsid(process.pid) in sessions)
-    return [process for process in theirs if " ".join(process.cmdline()).startswith("ray::")]
+    sessions = {session(process) for process in terminals.processes()} - {None}
+    theirs = (process for process in psutil.process_iter(["cmdline"]) if session(process) in sessions)
+    return [process for process in theirs if " ".join(process.info["cmdline"] or []).startswith("ray::")]
+
+
+def session(process: psutil.Process) -> int | None:
+    """Return the session of a process, None if it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(process.pid)
+    return None
 
 
 def test_interrupted_simulation_leaves_nothing(terminals: Terminals) -> None:

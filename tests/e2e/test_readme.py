@@ -30,6 +30,11 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
     "federate check my_script", "federate server --task my_script",  # by test_installed, with the task that it installs
     "federate new my_task.py", "federate new my_task.py --from train.py",  # by test_new
+    'pip install ".[sklearn]"', 'pip install ".[lightning]"',
+    'pip install ".[text]"', "python examples/text_lora.py",  # by test_examples_contract
+    "python server.py --task examples.text_lora --simulate 2",
+    "python server.py --task examples.diabetes_torch --simulate 2 --run-config \"train-arguments='momentum=0.5'\"",
+    # by test_examples_simulated
     "docker compose up --build --scale client=4",  # by test_containers, where there is an engine
     "docker build --target server -t flower_server . && docker build --target client -t flower_client .",
     "docker network create federation",

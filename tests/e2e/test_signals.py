@@ -60,7 +60,7 @@ def test_a_closed_terminal_ends_a_command_in_order(tmp_path: Path) -> None:
     os.close(far)
     assert os.read(near, 100).startswith(b"working")
     os.close(near)
-    assert process.wait(10) == 130
+    assert process.wait(30) == 130
     assert (tmp_path / "cleaned").exists()
 
 
