@@ -59,7 +59,7 @@ class Net(LightningModule):
         self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
         self.linear = nn.Linear(32 * 2 * 2, classes)
-        self.optimizer_options: dict[str, float] = {}
+        self.optimizer_options: dict[str, Any] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(images)), 2)
