@@ -11,11 +11,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from federation.app import hide_tensorflow, membership
+from federation.app.client_state import keep_state
 from federation.app.job import Job
 from federation.app.mods import explain, play_clients
 from federation.app.packing import packed_replies
 
-app = ClientApp(mods=[packed_replies, play_clients, explain])
+app = ClientApp(mods=[packed_replies, play_clients, explain, keep_state])
 app.query("join")(membership.join)
 app.query("leave")(membership.leave)
 hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them
@@ -27,7 +28,8 @@ def train(message: Message, context: Context) -> Message:
     job = Job(message, context)
     data = job.samples("train")
     net = job.global_model(job.seed)
-    result = job.task.train(net, data, seed=job.seed, **job.settings)
+    with job.correcting(net):  # its gradients, where the strategy does
+        result = job.task.train(net, data, seed=job.seed, **job.settings)
     return job.reply(data, result, net)
 
 

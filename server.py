@@ -31,7 +31,7 @@ def main(grid: Grid, context: Context) -> None:
     report = Report(config, model)
     arrays = report.arrays or model.initial()
     strategy = make_strategy(config, report.state)
-    roster = Roster(grid, config, model, report.places, report.num_partitions)
+    roster = Roster(grid, config, model, report.past())
     clients = ClientGrid(grid, roster)
 
     with roster.session(meanwhile=report.draw), report.marking_failure():

@@ -1,33 +1,24 @@
 """Checkpoints, from which a run continues after a crash: its state after a round, in checkpoint-ROUND.npz."""
 
-import io
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flwr.app import ArrayRecord
-
+from federation.app.archive import Records, read_archive, write_archive
 from federation.app.config import RunConfig, Settings, validate
 from federation.app.console import one_line
-from federation.app.run_folder import write_atomically
-from federation.app.weights import encoded
 
 # Keys that may change when a run is resumed: no completed round depends on them
-RESUMABLE_KEYS = {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries", "patience"}
-Records = dict[str, ArrayRecord]  # "arrays": the global model; other names: the state of a strategy
+RESUMABLE_KEYS = {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries", "patience",
+                  "dp-target-epsilon"}  # fmt: skip
 
 
 def save_checkpoint(metrics: dict[str, Any], records: Records, folder: Path) -> None:
-    """Write the metrics, the global model and the strategy's state to one file, so that they are always consistent.
+    """Write the metrics, the global model ("arrays") and the strategy's state (other names) to one file.
 
     The checkpoint of the previous round is kept in case the new one is damaged; all others are removed.
     """
-    dtypes = {key: {name: array.dtype for name, array in record.items()} for key, record in records.items()}
-    values = [array.numpy() for record in records.values() for array in record.values()]
-    np.savez(archive := io.BytesIO(), np.array(json.dumps({"metrics": metrics, "dtypes": dtypes})), *values)
     newest, before = (folder / f"checkpoint-{len(metrics['rounds']) - back}.npz" for back in (1, 2))
-    write_atomically(newest, lambda path: path.write_bytes(archive.getvalue()))
+    write_archive(newest, {"metrics": metrics}, records)
     for path in set(checkpoints(folder)) - {newest, before}:
         path.unlink(missing_ok=True)
 
@@ -51,13 +42,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Records]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
-        text, *arrays = (saved[name] for name in saved.files)
-    header = json.loads(str(text))
-    dtypes = [(key, name, dtype) for key, record in header["dtypes"].items() for name, dtype in record.items()]
-    records = {key: ArrayRecord() for key in header["dtypes"]}
-    for (key, name, dtype), array in zip(dtypes, arrays, strict=True):
-        records[key][name] = encoded(array.astype(dtype))
+    header, records = read_archive(path)
     if "arrays" not in records:
         raise ValueError("it has no model")
     return header["metrics"], records
@@ -77,6 +62,7 @@ def resumed(overrides: Settings) -> RunConfig:
 
 def check_same(begun: Settings, config: RunConfig, folder: Path) -> None:
     """Raise ValueError if a run that was started with one config would be resumed with another."""
+    fixed = {"num-server-rounds"} if config.learning_rate_schedule == "cosine" else set()
     for key, value in config.values().items():
-        if key not in RESUMABLE_KEYS and begun.get(key) != value:
+        if key not in RESUMABLE_KEYS - fixed and begun.get(key) != value:
             raise ValueError(f"cannot resume {folder} with {key}={value!r}: it was begun with {begun.get(key)!r}")

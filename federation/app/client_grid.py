@@ -6,7 +6,7 @@ clients (see delivery.py). It returns only replies that can be aggregated.
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -18,11 +18,13 @@ from federation.app.agreement import disagreement
 from federation.app.console import print_to_user
 from federation.app.delivery import Delivery
 from federation.app.exchange import Exchange
+from federation.app.replies import check_reply
 from federation.app.roster import POLL, Roster
-from federation.app.strategy import check_reply
+from federation.app.strategy import least_models
 
 PRESENCE = 2.0  # seconds between two looks at who is still there
 MOST_LISTED = 10  # clients with the same reason
+Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]  # a strategy's configure_train, …
 DOING = {MessageType.TRAIN: "training", MessageType.EVALUATE: "testing"}
 
 
@@ -32,6 +34,7 @@ class ClientGrid(Grid):
     def __init__(self, grid: Grid, roster: Roster) -> None:
         self.grid, self.roster, self.config = grid, roster, roster.config
         self.delivery = Delivery(grid, roster)
+        self.least = least_models(roster.config)
         self.dropped = self.bytes_up = 0
 
     def set_run(self, run: Any) -> None:
@@ -49,8 +52,10 @@ class ClientGrid(Grid):
     def get_node_ids(self) -> list[int]:
         """Return the positions of the clients that are online, in ascending order.
 
-        Sampling therefore does not depend on the ids of nodes, which differ between runs.
+        Sampling therefore does not depend on the ids of nodes, which differ between runs. A strategy that waits for
+        more of them asks again and again, and those that have come meanwhile are admitted.
         """
+        self.roster.poll_new_nodes()
         return [client.position for client in self.roster.present()]
 
     # ------------------------------------------------------------------------------------------ sending and receiving
@@ -152,28 +157,40 @@ class ClientGrid(Grid):
         Raises RuntimeError after `retries`.
         """
         for attempt in range(self.config.retries + 1):
-            self.roster.wait_for(self.config.min_clients)
+            self.roster.wait_for(max(self.config.min_clients, self.config.clients_per_round))
             seed_sampling(self.config.seed, server_round, attempt)
-            questions = list(strategy.configure_train(server_round, arrays, ConfigRecord(), self))
+            questions = self._questions(strategy.configure_train, server_round, arrays)
             replies = self.send_and_receive(questions)
-            needed = min(len(questions), self.config.min_clients)
+            needed = max(min(len(questions), self.config.min_clients), self.least)
             if len(replies) >= needed:
+                self.roster.trained |= {reply.metadata.src_node_id: server_round for reply in replies}
                 return replies
             print_to_user(f"round {server_round}: {len(replies)} of {len(questions)} models are good, {needed} needed")
         raise RuntimeError(f"round {server_round}: too few good models, even after {self.config.retries} retries")
 
     def evaluate(self, strategy: Strategy, server_round: int, arrays: ArrayRecord) -> list[Message]:
         """Return the replies of the clients that `strategy` asks to evaluate. Raises RuntimeError if all fail."""
-        questions = list(strategy.configure_evaluate(server_round, arrays, ConfigRecord(), self))
+        questions = self._questions(strategy.configure_evaluate, server_round, arrays)
         exchange = self._exchange(questions, self.config.round_timeout)
         if not exchange.good and exchange.failed:
             raise RuntimeError(f"round {server_round}: no client could evaluate the model: {exchange.failed}")
         return sorted(exchange.good, key=lambda reply: reply.metadata.src_node_id)
 
+    def _questions(self, configure: Configure, server_round: int, arrays: ArrayRecord) -> list[Message]:
+        """Return a strategy's messages, and in them the personal entries that clients begin with."""
+        shared, personal = weights.split(arrays, self.config.personal)
+        rate = self.config.rate_in(server_round)
+        config = ConfigRecord({"lr": rate} if rate != self.config.learning_rate else {})
+        questions = list(configure(server_round, shared, config, self))
+        for question in questions if personal else ():
+            question.content["personal"] = personal
+        return questions
+
     def check_agreement(self, replies: list[Message], results: dict[str, Any]) -> None:
         """Print a warning if clients whose test samples are all of the server's find something else than it does."""
         clients = [self.roster.clients[reply.metadata.src_node_id] for reply in replies]
-        samples = 0 if self.config.validation_fraction else self.roster.counts["test"]
+        one_model = not (self.config.validation_fraction or self.config.personal or self.config.topology != "star")
+        samples = self.roster.counts["test"] if one_model else 0
         if samples and sum(client.samples["test"] for client in clients if client.rows) == samples:
             print_to_user(
                 disagreement(metrics.of_side("clients", results), metrics.of_side("server", results), samples)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from federation.app.combinations import check_combinations
 from federation.app.layout import SCRIPTS
 
 Settings = dict[str, Any]  # bool, int, float or str by their keys
@@ -18,7 +20,7 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 Clients = Annotated[int, Field(ge=1, le=100_000)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=1e6)]
-Decay = Annotated[float, Field(ge=0, le=0.999999)]
+Positive = Annotated[float, Field(ge=1e-9, le=1)]
 
 
 class SettingError(ValueError):
@@ -40,17 +42,19 @@ class RunConfig(BaseModel):
     out: str
     num_server_rounds: Count
     num_clients: Clients
-    fraction_train: Annotated[float, Field(ge=1e-9, le=1)]
+    fraction_train: Positive
     fraction_evaluate: Fraction
+    clients_per_round: Annotated[int, Field(ge=0, le=100_000)]
     local_epochs: Count
+    local_steps: Annotated[int, Field(ge=0, le=10**9)]
     learning_rate: Rate
+    learning_rate_schedule: Literal["constant", "step", "cosine"]
+    learning_rate_decay: Positive
+    decay_rounds: Count
     batch_size: Count
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)]
-    strategy: Literal["fedavg", "fedadam"]
-    server_learning_rate: Annotated[float, Field(ge=1e-9, le=1e6)]
-    beta_1: Decay
-    beta_2: Decay
-    tau: Annotated[float, Field(ge=1e-12, le=1e6)]
+    strategy: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]
+    strategy_arguments: str
     round_timeout: Count
     min_clients: Clients
     retries: Annotated[int, Field(ge=0, le=1000)]
@@ -69,9 +73,22 @@ class RunConfig(BaseModel):
     best_metric: Annotated[str, Field(pattern=r"^(server|clients|train)_[A-Za-z][\w.@%/-]*(:min|:max)?$")]
     patience: Annotated[int, Field(ge=0, le=10**9)]
     validation_fraction: Annotated[float, Field(ge=0, le=0.9)]
+    personal: str
+    topology: Literal["star", "ring", "random", "full"]
+    neighbours: Clients
+    upload: Literal["weights", "delta"]
+    compression: Literal["none", "float16", "int8", "top-k"]
+    top_k: Positive
+    dp: Literal["none", "server-fixed", "client-fixed", "server-adaptive", "client-adaptive", "local"]
+    dp_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e6)]
+    dp_clipping_norm: Annotated[float, Field(ge=1e-9, le=1e9)]
+    dp_clipped_quantile: Fraction
+    dp_delta: Annotated[float, Field(ge=1e-15, le=0.5)]
+    dp_epsilon: Annotated[float, Field(ge=1e-6, le=1e9)]
+    dp_target_epsilon: Annotated[float, Field(ge=0, le=1e9)]
     resume: bool
 
-    @field_validator("train_arguments")
+    @field_validator("train_arguments", "strategy_arguments")
     @classmethod
     def _in_order(cls, text: str) -> str:
         """Return the arguments in the order of their names, so that the order in which they are given is no setting."""
@@ -81,12 +98,30 @@ class RunConfig(BaseModel):
     def _check_clients(self) -> Self:
         if self.min_clients > self.num_clients:
             raise ValueError(f"min-clients={self.min_clients} is more than num-clients={self.num_clients}")
+        check_combinations(self)
         return self
 
     @property
     def bare(self) -> bool:
         """Whether the server needs no framework and no data: it begins with saved weights and tests no model."""
         return self.initial.endswith(".npz") and not self.server_evaluation
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a client keeps something of one round for the next."""
+        return bool(self.personal or self.strategy == "scaffold" or self.compression == "top-k" or self.dp == "local")
+
+    def rate_in(self, server_round: int) -> float:
+        """Return the clients' learning rate in a round, counted from 1; 0 leaves that to the task.
+
+        "cosine" goes down to 0 after the last round (Loshchilov and Hutter 2017, SGDR, equation 5, without restarts).
+        """
+        done = server_round - 1
+        if self.learning_rate_schedule == "step":
+            return self.learning_rate * self.learning_rate_decay ** (done // self.decay_rounds)
+        if self.learning_rate_schedule == "cosine":
+            return self.learning_rate * (1 + math.cos(math.pi * done / self.num_server_rounds)) / 2
+        return self.learning_rate
 
     @property
     def best_key(self) -> str:
@@ -146,6 +181,12 @@ def validate(overrides: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"run config {_explain(error.errors()[0])}") from None
 
 
+PATTERNS = {
+    "best-metric": "no metric: server_loss, clients_accuracy and the like, and :min or :max, are allowed",
+    "strategy": "no name of a strategy, nor the dotted name of a class",
+}
+
+
 def _explain(error: Any) -> str:
     """Say in one line what is wrong, and what is allowed."""
     if error["type"] == "value_error":
@@ -157,9 +198,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "literal_error" and isinstance(value, str):
         return f"{key}={value!r} is none of: {', '.join(choices(key))}"
     if error["type"] == "string_pattern_mismatch":
-        return (
-            f"{key}={value!r} is no metric: server_loss, clients_accuracy and the like, and :min or :max, are allowed"
-        )
+        return f"{key}={value!r} is {PATTERNS[key]}"
     if error["type"] in ("greater_than_equal", "less_than_equal"):
         low, high = limits(key)
         return f"{key}={value!r} is out of range: {low:g} to {high:g} is allowed"

@@ -100,7 +100,9 @@ class Delivery:
     def _address(self, client: Client, question: Message) -> RecordDict:
         """Return the content of a strategy's message, and what differs from client to client."""
         content = RecordDict(dict(question.content))
-        content["server"], content["client"] = self.roster.facts, ConfigRecord({"position": client.position})
+        kept = self.roster.trained.get(client.position, 0)  # the round of which the client is to have its state
+        content["server"] = self.roster.facts
+        content["client"] = ConfigRecord({"position": client.position, "kept": kept})
         if client.rows:
             split = "train" if question.metadata.message_type == MessageType.TRAIN else "test"
             content["rows"] = ArrayRecord({"mask": Array(self.mask(split, client.rows[split]))})

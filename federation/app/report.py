@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,10 +16,12 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from federation.app import metrics, samples, weights
-from federation.app.checkpoint import Records, check_same, checkpoints, load_checkpoint, save_checkpoint
+from federation.app.archive import Records
+from federation.app.checkpoint import check_same, checkpoints, load_checkpoint, save_checkpoint
 from federation.app.config import RunConfig
 from federation.app.console import MARK, one_line, print_to_user
 from federation.app.partition import Rows
+from federation.app.roster import Past
 from federation.app.run_folder import lock_run_folder, write_atomically
 
 MOST_SHOWN = 2  # metrics besides the loss
@@ -55,6 +58,7 @@ class Report:
             "clients": {},  # which client, by key, has or had which partition
             "best": None,  # the round with the best model, by `best-metric`
             "rounds": [],
+            "run": uuid.uuid4().hex,  # its name, under which clients keep their state
         }
         if config.resume:
             self._resume()
@@ -71,20 +75,17 @@ class Report:
         if saved["dataset"] != self.metrics["dataset"]:
             raise ValueError(f"cannot resume {self.folder}: it was begun with other data, {saved['dataset']['name']}")
         self.arrays, self.state = records.pop("arrays"), records
-        self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions", "best")}
+        self.metrics |= {key: saved[key] for key in ("rounds", "clients", "partitions", "best", "run")}
         print_to_user(f"resuming after round {saved['rounds'][-1]['round']}")
         if self.metrics["best"] and self.metrics["best"]["round"] == saved["rounds"][-1]["round"]:
             self._save_model("best_model")  # the end may have come before that
 
-    @property
-    def places(self) -> dict[str, int]:
-        """Which client, by key, has or had which partition, when the last round was complete."""
-        return dict(self.metrics["clients"])
-
-    @property
-    def num_partitions(self) -> int:
-        """How many partitions the data have been split into; 0 before that."""
-        return len(self.metrics["partitions"].get("train", ()))
+    def past(self) -> Past:
+        """Return what is known of the run, when it begins or is resumed, before its clients join."""
+        trained = [(row["round"], (row["trained"] or {}).get("client", ())) for row in self.metrics["rounds"]]
+        last = {client: number for number, clients in trained for client in clients}
+        partitions = len(self.metrics["partitions"].get("train", ()))
+        return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, last)
 
     def remaining_rounds(self) -> Iterator[int]:
         """Yield the number of each round that is still to be played. With `patience`, the last may come early."""

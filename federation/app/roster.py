@@ -1,9 +1,10 @@
 """Who takes part: nodes join with the clients that they play, each client gets a partition, and all leave."""
 
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -40,21 +41,25 @@ class Client:
     own_data: str  # why its data are its own, and no copy of the server's; "" if they are one
 
 
+@dataclass(frozen=True)
+class Past:
+    """What is known of a run before its clients join: something only if it is resumed."""
+
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)  # its name, under which clients keep their state
+    places: Mapping[str, int] = field(default_factory=dict)  # which client, by key, had which partition
+    num_partitions: int = 0
+    trained: Mapping[int, int] = field(default_factory=dict)  # the last round in which each client trained
+
+
 class Roster:
     """The clients of a run, by position, and the nodes that play them."""
 
-    def __init__(
-        self,
-        grid: Grid,
-        config: RunConfig,
-        model: Any,
-        places: Mapping[str, int] | None = None,
-        num_partitions: int = 0,
-    ) -> None:
+    def __init__(self, grid: Grid, config: RunConfig, model: Any, past: Past | None = None) -> None:
         """Split the data of the server's `model` for clients that join through `grid`; without any, all have their own.
 
-        A run that is resumed has `num_partitions` already, and `places` says which client, by key, had which.
+        `past` is what is known of a run that is resumed.
         """
+        past = past or Past()
         self.grid, self.config = grid, config
         self.data = data = model.data
         self.counts = {"train": 0, "test": 0}
@@ -68,15 +73,17 @@ class Roster:
                 "fingerprint": fingerprint(data) if data else "",
                 "files": list(self.files),
                 "classes": classes_of(model.task, data[0]) if data else 0,
+                "run": past.run,
             }
         )
         self.waited = 0.0  # seconds, for clients to join
-        self.split(num_partitions or config.num_clients)
+        self.split(past.num_partitions or config.num_clients)
         self.clients: dict[int, Client] = {}
         self.joining: dict[str, int] = {}  # message id: node
         self.join_deadline = 0.0
         self.known_nodes: set[int] = set()
-        self.places = dict(places or {})  # which client, by key, has or had which partition
+        self.places = dict(past.places)  # which client, by key, has or had which partition
+        self.trained = dict(past.trained)  # the last round in which the client of a partition has trained
 
     def split(self, partitions: int) -> None:
         """Split the data, once for the run. Raises ValueError where that cannot be."""
@@ -145,6 +152,8 @@ class Roster:
         self.clients |= {client.position: client for client in joined}
         given = {client.position for client in joined}
         for former in [key for key, place in self.places.items() if place in given]:
+            if former not in {client.key for client in joined}:
+                self.trained.pop(self.places[former], None)  # the new one has kept nothing
             del self.places[former]
         self.places |= {client.key: client.position for client in joined if client.key}
         print_to_user(self._welcome(joined))

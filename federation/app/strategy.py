@@ -1,46 +1,170 @@
-"""Flower's strategies by the run config, their state for a checkpoint, and the guard in front of them."""
+"""The strategies, by name, and a class of the user's own; their state for a checkpoint; and what they make of a round.
 
+Adding a strategy is a row of STRATEGIES.
+"""
+
+import importlib
+import inspect
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg, Strategy
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import Strategy
 
 from federation.app import metrics
-from federation.app.config import RunConfig
+from federation.app.config import RunConfig, SettingError, parse
 from federation.app.console import one_line
-from federation.app.weights import check_compatible, restore_dtypes, stored_dtype
+from federation.app.scaffold import Scaffold
+from federation.app.task import add_task_folders
+from federation.app.weights import restore_dtypes
 
-LOSS = {MessageType.TRAIN: "train-loss", MessageType.EVALUATE: "loss"}  # as a reply calls it
-STATE = ("m_t", "v_t")  # where Flower's strategies keep what they carry from round to round
-MOST_METRICS = 100  # of a client
-GROWTH = 10  # by what a client's own data may have grown since it joined
+Arguments = Mapping[str, Any]
+Limits = tuple[float, float]
+STEP: Limits = (1e-9, 1e6)
+DECAY: Limits = (0.0, 0.999999)
+ADAPTIVE: dict[str, Limits] = {"eta": STEP, "tau": (1e-12, 1e6)}  # Reddi et al. 2021, algorithm 2
+MOMENTS: dict[str, Limits] = {"beta_1": DECAY, "beta_2": DECAY}
+BAD: dict[str, Limits] = {"num_malicious_nodes": (0, 100_000)}  # a whole number, as these limits are
 
 
-def make_strategy(config: RunConfig, state: dict[str, ArrayRecord]) -> Strategy:
+@dataclass(frozen=True)
+class Row:
+    """A strategy: its class, and what there is to know about it."""
+
+    make: Callable[..., Strategy]
+    limits: Mapping[str, Limits] = field(default_factory=dict)  # the smallest and the largest value of each parameter
+    defaults: Arguments = field(default_factory=dict)  # where the class has none, or one that makes it FedAvg
+    given: Callable[[RunConfig], Arguments] = lambda config: {}  # what the run config settles
+    state: tuple[str, ...] = ()  # the attributes that it carries from round to round: lists or dictionaries of arrays
+    renewed: tuple[str, ...] = ()  # attributes that it would otherwise carry along, though the global model is known
+    least: Callable[[Arguments], int] = lambda arguments: 1  # how many models a round needs
+    hooks: bool = False  # whether clients change gradients
+    bounded: bool = True  # whether only the parameters in `limits` can be set
+
+
+STRATEGIES = {
+    "fedavg": Row(flower.FedAvg),
+    "fedprox": Row(flower.FedProx, {"proximal_mu": (0.0, 1e6)}, {"proximal_mu": 0.01}, hooks=True),
+    "scaffold": Row(Scaffold, {"server_learning_rate": STEP}, given=lambda config: {"num_clients": config.num_clients},
+                    state=("variates",), hooks=True),
+    "fedavgm": Row(flower.FedAvgM, {"server_learning_rate": STEP, "server_momentum": DECAY}, {"server_momentum": 0.9},
+                   state=("momentum_vector",), renewed=("current_arrays",)),
+    "fedadagrad": Row(flower.FedAdagrad, ADAPTIVE, state=("m_t", "v_t")),
+    "fedadam": Row(flower.FedAdam, ADAPTIVE | MOMENTS, state=("m_t", "v_t")),
+    "fedyogi": Row(flower.FedYogi, ADAPTIVE | MOMENTS, state=("m_t", "v_t")),
+    "qfedavg": Row(flower.QFedAvg, {"q": (0.0, 100.0)},
+                   given=lambda config: {"client_learning_rate": _rate(config), "train_loss_key": "train-loss"}),
+    "fedmedian": Row(flower.FedMedian, least=lambda _: 3),
+    "fedtrimmedavg": Row(flower.FedTrimmedAvg, {"beta": (0.001, 0.499)},
+                         least=lambda given: max(3, math.ceil(1 / given["beta"]))),
+    "krum": Row(flower.Krum, BAD, {"num_malicious_nodes": 1}, least=lambda given: 2 * _bad(given) + 3),
+    "multikrum": Row(flower.MultiKrum, BAD | {"num_nodes_to_select": (1, 100_000)},
+                     {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
+                     least=lambda given: max(2 * _bad(given) + 3, _bad(given) + int(given["num_nodes_to_select"]))),
+    "bulyan": Row(flower.Bulyan, BAD, {"num_malicious_nodes": 1}, least=lambda given: 4 * _bad(given) + 3),
+}  # fmt: skip
+
+
+def _rate(config: RunConfig) -> float:
+    if not config.learning_rate:
+        raise SettingError("strategy=qfedavg weighs clients by their learning rate: it needs a learning-rate")
+    return config.learning_rate
+
+
+def _bad(given: Arguments) -> int:
+    return int(given["num_malicious_nodes"])
+
+
+def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strategy:
     """Return the strategy that `config` names, with the state that an earlier process has saved.
 
-    "fedavg": McMahan et al. 2017, algorithm 1; "fedadam": Reddi et al. 2021, algorithm 2.
+    Raises SettingError where there is none of that name, or it cannot be made with its strategy-arguments.
     """
+    row = find(config.strategy)
     sampling: dict[str, Any] = {
-        "fraction_train": config.fraction_train, "fraction_evaluate": config.fraction_evaluate,
-        "min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1,
+        "fraction_train": 1e-9 if config.clients_per_round else config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": config.clients_per_round or 1,
+        "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
-    if config.strategy == "fedavg":
-        return FedAvg(**sampling)
-    strategy = FedAdam(
-        **sampling, eta=config.server_learning_rate, beta_1=config.beta_1, beta_2=config.beta_2,
-        tau=config.tau,
-    )  # fmt: skip
-    vars(strategy).update({name: {key: array.numpy() for key, array in state[name].items()} for name in state})
+    parameters = inspect.signature(row.make).parameters
+    sampling = {name: value for name, value in sampling.items() if name in parameters}
+    try:
+        strategy = row.make(**sampling, **row.given(config), **arguments(config))
+    except (TypeError, ValueError) as error:
+        raise SettingError(
+            f"strategy={config.strategy} with {config.strategy_arguments!r}: {one_line(error)}"
+        ) from None
+    for name, saved in state.items():
+        attribute, _, kind = name.partition(" ")
+        values = {key: array.numpy() for key, array in saved.items()}
+        setattr(strategy, attribute, [*values.values()] if kind == "list" else values)
     return strategy
+
+
+def find(name: str) -> Row:
+    """Return the row of a strategy, or one for a class of the user's own."""
+    if name in STRATEGIES:
+        return STRATEGIES[name]
+    module, _, attribute = name.rpartition(".")
+    try:
+        add_task_folders()
+        made = getattr(importlib.import_module(module), attribute) if module else None
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise SettingError(f"strategy={name!r} cannot be imported: {one_line(error)}") from None
+    if not (inspect.isclass(made) and issubclass(made, Strategy)):
+        known = ", ".join(STRATEGIES)
+        raise SettingError(
+            f"strategy={name!r} is none of: {known}; nor the dotted name of a class of Flower's Strategy"
+        )
+    return Row(made, state=tuple(getattr(made, "state", ())), bounded=False)
+
+
+def arguments(config: RunConfig) -> dict[str, Any]:
+    """Return the parameters of a strategy: its defaults, and what strategy-arguments sets. Raises SettingError."""
+    row, given = find(config.strategy), parse(config.strategy_arguments)
+    for name, value in given.items() if row.bounded else ():
+        if name not in row.limits:
+            known = ", ".join(row.limits) or "none"
+            raise SettingError(f"strategy-arguments: {config.strategy} takes no {name}; what can be set: {known}")
+        low, high = row.limits[name]
+        if type(value) not in (int, float):
+            raise SettingError(f"strategy-arguments: {name}={value!r} is out of range: {low:g} to {high:g} is allowed")
+    own = {name: one.default for name, one in inspect.signature(row.make).parameters.items() if name in row.limits}
+    return {**own, **row.defaults, **given}
+
+
+def least_models(config: RunConfig) -> int:
+    """Return how many models the strategy needs to make a new one."""
+    return find(config.strategy).least(arguments(config))
+
+
+def check_strategy(config: RunConfig) -> None:
+    """Raise SettingError where a strategy cannot be made, or a round has too few clients for it."""
+    make_strategy(config, {})
+    trained = config.clients_per_round or max(1, int(config.num_clients * config.fraction_train))
+    if (least := least_models(config)) > trained:
+        how = f" with {config.strategy_arguments}" * bool(config.strategy_arguments)
+        raise SettingError(f"strategy={config.strategy}{how} needs {least} clients in a round, and there are {trained}")
 
 
 def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
     """Return what the next round depends on, besides the global model."""
-    held = {name: getattr(strategy, name, None) for name in STATE}
-    return {name: ArrayRecord({k: Array(np.asarray(v)) for k, v in old.items()}) for name, old in held.items() if old}
+    records = {}
+    for name in _row_of(strategy).state:
+        if (held := getattr(strategy, name, None)) is not None:
+            pairs = held.items() if isinstance(held, Mapping) else zip(map(str, range(len(held))), held, strict=True)
+            kind = "" if isinstance(held, Mapping) else " list"
+            records[name + kind] = ArrayRecord({key: Array(np.asarray(value)) for key, value in pairs})
+    return records
+
+
+def _row_of(strategy: Strategy) -> Row:
+    rows = [row for row in STRATEGIES.values() if row.make is type(strategy)]
+    return rows[0] if rows else Row(type(strategy), state=tuple(getattr(strategy, "state", ())))
 
 
 def aggregate_train(
@@ -51,8 +175,9 @@ def aggregate_train(
     Its entries keep the dtypes that they had `before`. Raises RuntimeError where one is not finite.
     """
     arrays, averaged = strategy.aggregate_train(server_round, replies)
-    assert arrays is not None and averaged is not None
-    arrays = restore_dtypes(before, arrays)
+    if arrays is None or averaged is None:
+        raise RuntimeError(f"round {server_round}: {type(strategy).__name__} made no model of {len(replies)} good ones")
+    arrays = ArrayRecord({**before, **restore_dtypes(before, arrays)})  # personal entries have no mean
     check_finite(arrays)
     trained = metrics.per_client(replies, "train-")
     results: dict[str, Any] = {f"train_{name}": averaged[f"train-{name}"] for name in metrics.names(trained)}
@@ -76,62 +201,3 @@ def check_finite(arrays: ArrayRecord) -> None:
     for name, array in arrays.items():
         if not np.isfinite(array.numpy()).all():
             raise RuntimeError(f"{name} of the new global model is not finite; a smaller learning rate may help")
-
-
-def check_reply(question: Message, reply: Message, samples: dict[str, int], exactly: bool) -> None:
-    """Raise ValueError, which says why in one line, unless a reply can be aggregated.
-
-    `samples` is how many the client has by split, `exactly` so many or, with data of its own, about so many.
-    """
-    try:
-        _check(question, reply, samples, exactly)
-    except Exception as error:  # an untrusted reply must never stop the run
-        raise ValueError(f"{one_line(error):.300}") from None
-
-
-def _check(question: Message, reply: Message, samples: dict[str, int], exactly: bool) -> None:
-    if reply.has_error():
-        raise ValueError(one_line(reply.error.reason))
-    training = question.metadata.message_type == MessageType.TRAIN
-    records = {"arrays", "metrics"} if training else {"metrics"}
-    if set(reply.content) != records:
-        raise ValueError(f"its reply has the records {sorted(reply.content)}, not {sorted(records)}")
-    _check_numbers(dict(reply.content.metric_records.get("metrics") or {}), LOSS[question.metadata.message_type])
-    held = samples["train" if training else "test"]
-    counted = reply.content.metric_records["metrics"]["num-examples"]
-    if type(counted) is not int or not (counted == held if exactly else 0 < counted <= GROWTH * held):
-        raise ValueError(f"num-examples={counted} cannot be: it has joined with {held} samples")
-    if training:
-        _check_model(reply.content.array_records.get("arrays") or ArrayRecord(), question)
-
-
-def _check_numbers(found: dict[str, Any], loss: str) -> None:
-    for name in sorted({*metrics.COUNTS, loss} - set(found)):
-        raise ValueError(f"it reports no {name}")
-    if len(found) > MOST_METRICS:
-        raise ValueError(f"it reports {len(found)} metrics, more than {MOST_METRICS}")
-    for name, value in found.items():
-        if not metrics.NAME.fullmatch(name):
-            raise ValueError(f"it reports a metric called {name!r:.60}")
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{name} is {value}")
-    if not 0 <= found.get("accuracy", 0) <= 1:
-        raise ValueError(f"accuracy is {found['accuracy']}, not in 0 to 1")
-
-
-def _check_model(arrays: ArrayRecord, question: Message) -> None:
-    expected = question.content.array_records["arrays"]
-    check_compatible(arrays, expected)
-    if list(arrays) != list(expected):  # that of the first reply would become the global model's, and change its digest
-        raise ValueError(f"its arrays come in the order {list(arrays)}, not {list(expected)}")
-    for name, array in arrays.items():
-        try:
-            values = array.numpy()
-            found = values.shape, values.dtype  # an archive of arrays has neither
-        except Exception as error:  # whatever the bytes of a stranger bring about
-            raise ValueError(f"{name} cannot be read: {one_line(error)}") from None
-        ours = tuple(expected[name].shape), stored_dtype(expected[name].dtype)
-        if found != ours:
-            raise ValueError(f"{name} holds {values.dtype} of shape {values.shape}, not {ours[1]} of {ours[0]}")
-        if values.dtype.kind in "fc" and not np.isfinite(values).all():
-            raise ValueError(f"{name} is not finite: {np.count_nonzero(~np.isfinite(values))} of {values.size} values")

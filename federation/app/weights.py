@@ -9,6 +9,7 @@ import io
 import sys
 import weakref
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,6 +191,16 @@ def _federated(net: Any) -> Values:
     if unknown := sorted({*(names or ())} - values.keys()):
         raise ValueError(f"trainable() of the model names {unknown[0]}, which is not among its weights")
     return values if names is None else {name: values[name] for name in names}
+
+
+def split(arrays: ArrayRecord, personal: str) -> tuple[ArrayRecord, ArrayRecord]:
+    """Return the entries that all clients share, and those that match a pattern of `personal`, in a shell's syntax."""
+    if not personal:
+        return arrays, ArrayRecord()
+    patterns = personal.replace(",", " ").split()
+    own = {name for name in arrays if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    shared = {name: array for name, array in arrays.items() if name not in own}
+    return ArrayRecord(shared), ArrayRecord({name: array for name, array in arrays.items() if name in own})
 
 
 def to_net(arrays: ArrayRecord, net: Any) -> None:

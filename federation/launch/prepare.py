@@ -10,12 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from federation.app import metrics
+from federation.app import metrics, weights
 from federation.app.config import RunConfig, SettingError, validate
 from federation.app.partition import BY_GROUP, check_enough, split_data
 from federation.app.run_folder import write_atomically
 from federation.app.samples import count
 from federation.app.sources import sources
+from federation.app.strategy import check_strategy, find
 from federation.app.task import CONTRACT, find_data, load_task, locate_task, read_data, train_settings
 from federation.app.weights import read_model
 from federation.launch.fork_server import frameworks
@@ -30,6 +31,7 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
     By then, some of its imports have shown that do not before they happen, and `imports` are the modules of frameworks
     that clients will need. Raises ValueError where it cannot be federated.
     """
+    check_strategy(config)
     if config.bare:
         yield {"data": "", "files": _files(locate_task(config.task)), "imports": []}
         return
@@ -47,6 +49,7 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{task.__name__}.train() has no default for lr: the run config needs a learning-rate")
     if config.initial:
         read_model(Path(config.initial), trial.net())
+    check_federated(config, trial.net())
     try:
         check_usable(trial)
         check_best(config, trial)
@@ -56,6 +59,19 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{task.__name__} cannot be federated: {error}") from None
     imports = [name for name in frameworks() if name.count(".") <= 1]  # these import all others
     yield {"data": root, "files": _files(task, sys.modules.keys() - before), "imports": imports}
+
+
+def check_federated(config: RunConfig, net: Any) -> None:
+    """Raise SettingError where a model does not go with what the run config makes of it."""
+    framework = weights.framework(net)
+    if find(config.strategy).hooks and not isinstance(framework, weights.Torch):
+        raise SettingError(f"strategy={config.strategy} changes gradients by hooks, which a {framework.model} does not "
+                           "have: only PyTorch models have them")  # fmt: skip
+    arrays = weights.from_net(net)
+    shared, personal = weights.split(arrays, config.personal)
+    if config.personal and not (shared and personal):
+        found = "all entries of the model" if personal else "none of the model's entries"
+        raise SettingError(f"personal={config.personal!r} matches {found}: {', '.join(arrays):.300}")
 
 
 def check_best(config: RunConfig, trial: Trial) -> None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from federation.app.checkpoint import load_checkpoint, save_checkpoint
 from federation.app.config import validate
-from federation.app.strategy import check_reply, make_strategy, strategy_state
+from federation.app.replies import check_reply
+from federation.app.strategy import make_strategy, strategy_state
 from federation.app.weights import encoded, restore_dtypes, sha256
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
