@@ -18,6 +18,7 @@ from flwr.app import ArrayRecord
 from federation.app import metrics, samples, weights
 from federation.app.archive import Records
 from federation.app.checkpoint import check_same, checkpoints, load_checkpoint, save_checkpoint
+from federation.app.client_state import forget, last_trained
 from federation.app.config import RunConfig
 from federation.app.console import MARK, one_line, print_to_user
 from federation.app.partition import Rows
@@ -62,12 +63,17 @@ class Report:
         }
         if config.resume:
             self._resume()
+        else:
+            forget(self.folder)
         self._write()
         if model.data:
             where = root or "its own data"
             print_to_user(f"{config.task} on {where}: {train:,} training and {test:,} test samples")
         else:
             print_to_user(f"{config.task}: initial weights from {Path(config.initial).name}, no data on the server")
+        if config.personal:
+            print_to_user(f"entries that match {config.personal!r} stay with the clients, which test their own models; "
+                          "the server tests, and saves, the model with the initial ones")  # fmt: skip
 
     def _resume(self) -> None:
         saved, records = load_checkpoint(self.folder)
@@ -82,10 +88,10 @@ class Report:
 
     def past(self) -> Past:
         """Return what is known of the run, when it begins or is resumed, before its clients join."""
-        trained = [(row["round"], (row["trained"] or {}).get("client", ())) for row in self.metrics["rounds"]]
-        last = {client: number for number, clients in trained for client in clients}
         partitions = len(self.metrics["partitions"].get("train", ()))
-        return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, last)
+        return Past(
+            self.metrics["run"], dict(self.metrics["clients"]), partitions, last_trained(self.metrics["rounds"])
+        )
 
     def remaining_rounds(self) -> Iterator[int]:
         """Yield the number of each round that is still to be played. With `patience`, the last may come early."""

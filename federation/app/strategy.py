@@ -82,16 +82,19 @@ def _bad(given: Arguments) -> int:
 def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strategy:
     """Return the strategy that `config` names, with the state that an earlier process has saved.
 
-    Raises SettingError where there is none of that name, or it cannot be made with its strategy-arguments.
+    Raises SettingError where there is none of that name, where it cannot be made with its strategy-arguments, or where
+    a round has too few clients for it.
     """
     row = find(config.strategy)
+    _check_enough(config)
     sampling: dict[str, Any] = {
         "fraction_train": 1e-9 if config.clients_per_round else config.fraction_train,
         "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": config.clients_per_round or 1,
         "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
-    parameters = inspect.signature(row.make).parameters
-    sampling = {name: value for name, value in sampling.items() if name in parameters}
+    takes = inspect.signature(row.make).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    sampling = {name: value for name, value in sampling.items() if takes_any or name in takes}
     try:
         strategy = row.make(**sampling, **row.given(config), **arguments(config))
     except (TypeError, ValueError) as error:
@@ -131,7 +134,8 @@ def arguments(config: RunConfig) -> dict[str, Any]:
             known = ", ".join(row.limits) or "none"
             raise SettingError(f"strategy-arguments: {config.strategy} takes no {name}; what can be set: {known}")
         low, high = row.limits[name]
-        if type(value) not in (int, float):
+        kinds = (int,) if isinstance(high, int) else (int, float)
+        if type(value) not in kinds or not low <= value <= high:
             raise SettingError(f"strategy-arguments: {name}={value!r} is out of range: {low:g} to {high:g} is allowed")
     own = {name: one.default for name, one in inspect.signature(row.make).parameters.items() if name in row.limits}
     return {**own, **row.defaults, **given}
@@ -142,9 +146,7 @@ def least_models(config: RunConfig) -> int:
     return find(config.strategy).least(arguments(config))
 
 
-def check_strategy(config: RunConfig) -> None:
-    """Raise SettingError where a strategy cannot be made, or a round has too few clients for it."""
-    make_strategy(config, {})
+def _check_enough(config: RunConfig) -> None:
     trained = config.clients_per_round or max(1, int(config.num_clients * config.fraction_train))
     if (least := least_models(config)) > trained:
         how = f" with {config.strategy_arguments}" * bool(config.strategy_arguments)
@@ -175,6 +177,7 @@ def aggregate_train(
     Its entries keep the dtypes that they had `before`. Raises RuntimeError where one is not finite.
     """
     arrays, averaged = strategy.aggregate_train(server_round, replies)
+    vars(strategy).update(dict.fromkeys(_row_of(strategy).renewed))
     if arrays is None or averaged is None:
         raise RuntimeError(f"round {server_round}: {type(strategy).__name__} made no model of {len(replies)} good ones")
     arrays = ArrayRecord({**before, **restore_dtypes(before, arrays)})  # personal entries have no mean
