@@ -26,7 +26,7 @@ def kill(terminals: Terminals, terminal: Terminal, part: str) -> None:
 
 @pytest.mark.usefixtures("one_thread", "in_a_run")
 def test_a_server_that_is_killed_goes_on(terminals: Terminals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """First the launcher, then SuperLink, then the ServerApp; with SCAFFOLD: server and clients have a state to go on from."""
+    """First the launcher, then SuperLink, then the ServerApp; with SCAFFOLD: server and clients keep a state."""
     kills = [("client 1 joined", ""), ("\n    1  ", "flower-superlink"), ("\n    2  ", "flwr-serverapp")]
     (terminals.folder / "tiny.py").write_text(TINY)
     config = SETTINGS | {"strategy": "scaffold"}
