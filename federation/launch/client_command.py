@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 Server = options("The server")
 Data = options("Data and partitions")
 Machine = options("This machine")
-
-
 STATE = "runs/client-state"
 
 

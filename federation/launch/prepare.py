@@ -67,11 +67,10 @@ def check_federated(config: RunConfig, net: Any) -> None:
     if find(config.strategy).hooks and not isinstance(framework, weights.Torch):
         raise SettingError(f"strategy={config.strategy} changes gradients by hooks, which a {framework.model} does not "
                            "have: only PyTorch models have them")  # fmt: skip
-    arrays = weights.from_net(net)
-    shared, personal = weights.split(arrays, config.personal)
-    if config.personal and not (shared and personal):
-        found = "all entries of the model" if personal else "none of the model's entries"
-        raise SettingError(f"personal={config.personal!r} matches {found}: {', '.join(arrays):.300}")
+    try:
+        weights.split(weights.from_net(net), config.personal)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def check_best(config: RunConfig, trial: Trial) -> None:
