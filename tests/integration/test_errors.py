@@ -376,6 +376,9 @@ def test_server_names_the_folder_of_a_task_that_is_elsewhere(command: Command) -
             "there is no such metric; there are train_loss, clients_loss, clients_accuracy",
         ),
         ("server-evaluation=false best-metric='server_accuracy'", "there is no such metric"),
+        ("personal='fc3.*'", "personal='fc3.*' matches none of the entries of the model: weight, bias"),
+        ("personal='weight bias'", "personal='weight bias' matches all entries of the model: weight, bias"),
+        ("strategy='tiny.Net'", "strategy='tiny.Net' is none of: fedavg, "),
     ],
 )
 def test_server_refuses_settings_that_the_task_or_its_data_cannot_take(

@@ -19,6 +19,7 @@ from federation.app.config import SettingError, validate
 from federation.app.corrections import ControlVariates, proximal
 from federation.app.strategy import STRATEGIES, aggregate_train, least_models, make_strategy, strategy_state
 from federation.app.weights import encoded, from_net, sha256, split
+from federation.launch.prepare import check_federated
 
 pytestmark = pytest.mark.usefixtures("in_a_run")
 Weights = dict[str, NDArray[Any]]
@@ -293,6 +294,14 @@ def test_control_variates_are_option_two_of_a_hand_written_optimizer() -> None:
         np.testing.assert_allclose(renewed[name].numpy(), value.numpy(), rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(change[name].numpy(), renewed[name].numpy() - own[name], rtol=1e-6, atol=1e-8)
     assert list(renewed) == list(server) and not change["1.running_mean"].numpy().any()
+
+
+@pytest.mark.parametrize("strategy", ["fedprox", "scaffold"])
+def test_a_framework_without_gradient_hooks_is_refused_by_name(strategy: str) -> None:
+    config = validate({"strategy": strategy})
+    check_federated(config, small_net())
+    with pytest.raises(SettingError, match=f"^strategy={strategy} changes gradients by hooks, which a .*dict does not"):
+        check_federated(config, {"w": np.ones(2)})
 
 
 def test_training_without_gradients_of_the_net_is_an_error() -> None:
