@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from federation.app import metrics
 from federation.app.config import RunConfig, SettingError, parse
 from federation.app.console import one_line
+from federation.app.gossip import Gossip
 from federation.app.scaffold import Scaffold
 from federation.app.task import add_task_folders
 from federation.app.weights import restore_dtypes
@@ -28,6 +29,7 @@ STEP: Limits = (1e-9, 1e6)
 DECAY: Limits = (0.0, 0.999999)
 ADAPTIVE: dict[str, Limits] = {"eta": STEP, "tau": (1e-12, 1e6)}  # Reddi et al. 2021, algorithm 2
 MOMENTS: dict[str, Limits] = {"beta_1": DECAY, "beta_2": DECAY}
+REPORTED = ("consensus",)  # what a strategy may say of a round, besides means of the clients' metrics
 BAD: dict[str, Limits] = {"num_malicious_nodes": (0, 100_000)}  # a whole number, as these limits are
 
 
@@ -67,6 +69,10 @@ STRATEGIES = {
                      least=lambda given: max(2 * _bad(given) + 3, _bad(given) + int(given["num_nodes_to_select"]))),
     "bulyan": Row(flower.Bulyan, BAD, {"num_malicious_nodes": 1}, least=lambda given: 4 * _bad(given) + 3),
 }  # fmt: skip
+GOSSIP = Row(
+    Gossip,  # in the place of fedavg, where no server averages
+    given=lambda config: {"topology": config.topology, "neighbours": config.neighbours, "seed": config.seed},
+)
 
 
 def _rate(config: RunConfig) -> float:
@@ -84,14 +90,15 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
 
     Raises SettingError where there is none of that name, or it cannot be made with its strategy-arguments.
     """
-    row = find(config.strategy)
+    row = find(config.strategy) if config.topology == "star" else GOSSIP
     sampling: dict[str, Any] = {
         "fraction_train": 1e-9 if config.clients_per_round else config.fraction_train,
         "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": config.clients_per_round or 1,
         "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
-    parameters = inspect.signature(row.make).parameters
-    sampling = {name: value for name, value in sampling.items() if name in parameters}
+    takes = inspect.signature(row.make).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+    sampling = {name: value for name, value in sampling.items() if takes_any or name in takes}
     try:
         strategy = row.make(**sampling, **row.given(config), **arguments(config))
     except (TypeError, ValueError) as error:
@@ -182,6 +189,7 @@ def aggregate_train(
     trained = metrics.per_client(replies, "train-")
     results: dict[str, Any] = {f"train_{name}": averaged[f"train-{name}"] for name in metrics.names(trained)}
     results |= {"clients": len(replies), "samples": trained["samples"], "trained": trained}
+    results |= {name: averaged[name] for name in REPORTED if name in averaged}
     return arrays, results | {"client_seconds": max(trained["seconds"])}
 
 
