@@ -5,7 +5,7 @@
 Every fifth image of CIFAR-10 (small_cifar.py), 10 clients, all in each round, one local epoch of cifar.py's SGD with a
 learning rate of 0.02. "random" has three neighbours per client. The server's accuracy is that of the mean of all models
 ("star": of the global model) on the whole test set; the clients' is of their own models, each after it has averaged
-with its neighbours, on its own part of the test set. The picture is drawn from all of these runs.
+with its neighbours, on its own part of the test set. The bytes are those of a message to a client. The picture is drawn from all of these runs.
 """
 
 import argparse
@@ -24,6 +24,7 @@ PARTITIONS: dict[str, Settings] = {
 }
 COMMON: Settings = {"task": "benchmarks.small_cifar", "learning-rate": 0.02, "num-clients": 10, "neighbours": 3}
 MEASURED = ("server_accuracy", "clients_accuracy", "consensus", "bytes_down")  # of a round
+DRAWN = {"server_accuracy": "accuracy of the mean of all models", "consensus": "consensus distance"}
 Cells = dict[str, Any]  # by partition, topology and seed: lists with a value per round
 
 
@@ -35,7 +36,8 @@ def play_all(path: Path, seeds: int, rounds: int) -> Cells:
             for topology in TOPOLOGIES:
                 key = f"{partition}, {topology}, {seed}"
                 if len(cells.get(key, {}).get("consensus", ())) != rounds + 1:
-                    found = play({**COMMON, **settings, "topology": topology, "seed": seed, "num-server-rounds": rounds})
+                    own = {"topology": topology, "seed": seed, "num-server-rounds": rounds}
+                    found = play({**COMMON, **settings, **own})
                     cells[key] = {name: [row.get(name) for row in found["rounds"]] for name in MEASURED}
                     save_cells(path, cells)
                     print(f"{key}: {cells[key]['server_accuracy'][-1]:.4f}", flush=True)
@@ -51,7 +53,7 @@ def table(cells: Cells, seeds: int, shown: list[int]) -> str:
     """Return a Markdown table: a row for each partition and topology, and columns for some of the rounds."""
     heads = [*(f"accuracy, round {number}" for number in shown), f"clients', round {shown[-1]}"]
     heads += [f"consensus, round {number}" for number in shown]
-    lines = [f"| partition | topology | {' | '.join(heads)} | MB to a client |", f"|{'---|' * (len(heads) + 3)}"]
+    lines = [f"| partition | topology | {' | '.join(heads)} | MB per message |", f"|{'---|' * (len(heads) + 3)}"]
     for partition in PARTITIONS:
         for topology in TOPOLOGIES:
             columns = [("server_accuracy", number) for number in shown] + [("clients_accuracy", shown[-1])]
@@ -69,23 +71,28 @@ def spread(found: list[float]) -> float:
 
 
 def draw(cells: Cells, seeds: int, rounds: int, path: Path) -> None:
-    """Draw the accuracy of the mean model and the consensus distance against rounds: means over the seeds."""
+    """Draw the accuracy of the mean model and the consensus distance against rounds: means, and lowest to highest."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     for row, partition in zip(figure.subplots(2, 2, sharex=True, sharey="col"), PARTITIONS, strict=True):
-        for axes, name, label in zip(row, MEASURED[::2], ("accuracy of the mean (%)", "consensus distance"), strict=True):
-            for topology in TOPOLOGIES[name == "consensus" :]:
-                scale = 100 if name == "server_accuracy" else 1
-                first = 1 if name == "consensus" else 0
-                points = range(first, rounds + 1)
-                found = [values(cells, partition, topology, name, number, seeds) for number in points]
-                line = [scale * mean(each) for each in found]
-                low, high = ([scale * pick(each) for each in found] for pick in (min, max))
-                axes.plot(points, line, color=COLOURS[topology], label=topology, ls="--" if topology == "star" else "-")
-                axes.fill_between(points, low, high, color=COLOURS[topology], alpha=0.12, lw=0)
-            axes.set(title=partition, ylabel=label, xlabel="round" if row is not None else "")
+        for axes, (name, label) in zip(row, DRAWN.items(), strict=True):
+            drawn = {topology: columns(cells, partition, topology, name, rounds, seeds) for topology in TOPOLOGIES}
+            for topology, found in drawn.items():
+                if found:
+                    style = {"color": COLOURS[topology], "label": topology}
+                    line = [mean(each) for each in found.values()]
+                    axes.plot(found, line, ls="--" if topology == "star" else "-", **style)
+                    low, high = map(min, found.values()), map(max, found.values())
+                    axes.fill_between(list(found), list(low), list(high), color=COLOURS[topology], alpha=0.12, lw=0)
+            axes.set(title=partition, ylabel=label, xlabel="round")
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def columns(cells: Cells, partition: str, topology: str, name: str, rounds: int, seeds: int) -> dict[int, list[float]]:
+    """Return the values of all seeds by round, for the rounds that have some."""
+    found = {number: values(cells, partition, topology, name, number, seeds) for number in range(rounds + 1)}
+    return {number: each for number, each in found.items() if None not in each}
 
 
 def main() -> None:

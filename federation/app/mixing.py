@@ -19,7 +19,7 @@ def relayed(own: ArrayRecord, neighbours: Sequence[ArrayRecord], weights: Sequen
 def mixed(records: Mapping[str, ArrayRecord]) -> ArrayRecord:
     """Return the weighted mean of the models that a message brings; the only one of a message without weights."""
     own = records["arrays"]
-    weights = records[MIXING]["weights"].numpy() if MIXING in records else [1.0]
+    weights: list[float] = records[MIXING]["weights"].numpy().tolist() if MIXING in records else [1.0]
     if len(weights) == 1:
         return own
     models = [own, *(records[f"neighbour-{number}"] for number in range(len(weights) - 1))]

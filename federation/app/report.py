@@ -242,7 +242,8 @@ def _columns(own: list[str]) -> list[tuple[str, str, str]]:
         ("round", "round", "d"), ("train loss", "train_loss", ".4f"), ("clients' loss", "clients_loss", ".4f"),
         *((name, f"clients_{name.strip()}", ".4f") for name in own),
         ("server's loss", "server_loss", ".4f"), *((f" {name}", f"server_{name.strip()}", ".4f") for name in own),
-        ("consensus", "consensus", ".4f"), ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
+        ("consensus", "consensus", ".4f"),
+        ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
     ]  # fmt: skip
 
 
