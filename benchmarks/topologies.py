@@ -5,7 +5,7 @@
 Every fifth image of CIFAR-10 (small_cifar.py), 10 clients, all in each round, one local epoch of cifar.py's SGD with a
 learning rate of 0.02. "random" has three neighbours per client. The server's accuracy is that of the mean of all models
 ("star": of the global model) on the whole test set; the clients' is of their own models, each after it has averaged
-with its neighbours, on its own part of the test set. The bytes are those of a message to a client. The picture is drawn from all of these runs.
+with its neighbours, on its own part of the test set. The bytes are those of a message to a client.
 """
 
 import argparse

@@ -16,6 +16,11 @@ Seed = Sequence[int]
 LARGEST = 127  # of int8, in both directions
 
 
+def by_entry(vector: Vector, sizes: Sequence[int]) -> list[Vector]:
+    """Split a vector into parts of these sizes."""
+    return np.split(vector, np.cumsum(sizes, dtype=int))[:-1]
+
+
 class Compression(Protocol):
     """What is sent of a vector that has `sizes[i]` values of entry i, one entry after the other."""
 
@@ -54,14 +59,14 @@ class Int8:
         return {"values": (np.int8, (sum(sizes),)), "scales": (np.float32, (len(sizes),))}
 
     def encode(self, vector: Vector, sizes: Sequence[int], dtype: Any, seed: Seed) -> Parts:
-        entries = np.split(vector, np.cumsum(sizes)[:-1])
-        scales = np.array([np.abs(entry).max(initial=0) / LARGEST for entry in entries], np.float32)
+        scales = np.array([np.abs(part).max(initial=0) / LARGEST for part in by_entry(vector, sizes)], np.float32)
         steps = np.repeat(np.where(scales > 0, scales, 1), sizes)
         raised = np.floor(vector / steps + np.random.default_rng(seed).random(len(vector)))
         return {"values": np.nan_to_num(raised).clip(-LARGEST, LARGEST).astype(np.int8), "scales": scales}
 
     def decode(self, parts: Parts, sizes: Sequence[int]) -> Vector:
-        return np.multiply(parts["values"], np.repeat(parts["scales"], sizes))
+        vector: Vector = parts["values"] * np.repeat(parts["scales"], sizes)
+        return vector
 
 
 class TopK:

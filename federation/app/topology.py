@@ -15,7 +15,8 @@ def graph(topology: str, clients: Iterable[int], neighbours: int, seed: int, ser
     each client has as many `neighbours` as asked for, or all others if there are not so many; where both this number
     and that of the clients are odd, one client has one less. Except for a single neighbour each, it is connected.
     """
-    order, most = sorted(clients), len(set(clients)) - 1
+    order = sorted(clients)
+    most = len(order) - 1
     if topology == "ring":
         return _joined(order, 2, [])
     if topology == "full":

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
-from federation.app.compression import Layout, compression
+from federation.app.compression import Layout, by_entry, compression
 from federation.app.config import RunConfig, validate
 from federation.app.console import one_line
 from federation.app.job import order_of
@@ -41,8 +41,8 @@ class Flat:
 
     def record(self, vector: NDArray[Any], others: dict[str, Array]) -> ArrayRecord:
         """Return the model with the values of `vector`, in its own dtypes, and the `others` by name."""
-        entries = np.split(vector, np.cumsum(self.sizes)[:-1])
-        shaped = {name: part.reshape(shape) for name, part, shape in zip(self.real, entries, self.shapes, strict=False)}
+        parts = zip(self.real, by_entry(vector, self.sizes), self.shapes, strict=True)
+        shaped = {name: part.reshape(shape) for name, part, shape in parts}
         real = {name: encoded(np.asarray(part, self.model[name].dtype)) for name, part in shaped.items()}
         return ArrayRecord({name: (real | others)[name] for name in self.model})
 
