@@ -162,7 +162,8 @@ class Report:
     def _empty_row(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row in which each metric that is known is None."""
         own = [f"{side}_{name}" for name in self._own_metrics(numbers) for side in ("clients", "server")]
-        return dict.fromkeys([*KEYS, *own])
+        apart = ["consensus"] if self.config.topology != "star" else []
+        return dict.fromkeys([*KEYS, *own, *apart])
 
     def _own_metrics(self, numbers: Mapping[str, Any]) -> list[str]:
         """Return the metrics besides the loss that test() has returned, here or at clients."""
@@ -172,7 +173,7 @@ class Report:
 
     def _show(self, row: Mapping[str, Any]) -> None:
         """Print a row of the table, and its header if there is another one than before."""
-        columns = _columns(self._own_metrics(row)[:MOST_SHOWN])
+        columns = [column for column in _columns(self._own_metrics(row)[:MOST_SHOWN]) if column[1] in row]
         header = "  ".join(heading for heading, _, _ in columns)
         if header != self.header:
             print_to_user(header)
@@ -247,6 +248,7 @@ def _columns(own: list[str]) -> list[tuple[str, str, str]]:
         ("round", "round", "d"), ("train loss", "train_loss", ".4f"), ("clients' loss", "clients_loss", ".4f"),
         *((name, f"clients_{name.strip()}", ".4f") for name in own),
         ("server's loss", "server_loss", ".4f"), *((f" {name}", f"server_{name.strip()}", ".4f") for name in own),
+        ("consensus", "consensus", ".4f"),
         ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
     ]  # fmt: skip
 
