@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 import client
@@ -21,7 +22,7 @@ class InMemoryGrid(Grid):
     """Nodes that answer at once, each with a context of its own, which it keeps as a SuperNode does.
 
     `nodes` are their ids, with their node configs. Each pull hands out those of the waiting replies that `deliver`
-    picks of their ids, in its order. `tamper` may change a reply on its way.
+    picks of their ids, in its order. `tamper` may change a reply on its way; `app` may be another ClientApp.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class InMemoryGrid(Grid):
         nodes: Mapping[int, Settings],
         deliver: Callable[[list[str]], list[str]] = list,
         tamper: Callable[[Message], object] = id,
+        app: ClientApp = client.app,
     ) -> None:
         self.contexts = {node: Context(1, node, own, RecordDict(), run_config) for node, own in nodes.items()}
-        self.deliver, self.tamper = deliver, tamper
+        self.deliver, self.tamper, self.app = deliver, tamper, app
         self.messages: list[Message] = []
         self.replies: dict[str, Message] = {}
 
@@ -46,7 +48,7 @@ class InMemoryGrid(Grid):
         self.messages.append(message)
         identity = message.metadata.__dict__["_message_id"] = str(len(self.messages))  # as the SuperLink does
         with another_process():
-            reply = client.app(message, self.contexts[message.metadata.dst_node_id])
+            reply = self.app(message, self.contexts[message.metadata.dst_node_id])
         if reply.has_content():
             reply.content = unpack(reply.content)
         self.tamper(reply)

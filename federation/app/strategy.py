@@ -91,7 +91,8 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
         "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
     parameters = inspect.signature(row.make).parameters
-    sampling = {name: value for name, value in sampling.items() if name in parameters}
+    passes_on = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    sampling = {name: value for name, value in sampling.items() if name in parameters or passes_on}
     try:
         strategy = row.make(**sampling, **row.given(config), **arguments(config))
     except (TypeError, ValueError) as error:

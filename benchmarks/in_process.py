@@ -1,0 +1,56 @@
+"""Whole runs in one process, for studies of many: the real server and client code, without an engine between them.
+
+A round then takes as long as its training. The weights are those of `python server.py` with the same settings.
+"""
+
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: more threads mostly wait for one another
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+
+import client
+import server
+from federation.app.config import Settings
+from federation.app.run_folder import write_atomically
+from tests.in_memory import InMemoryGrid, in_a_run
+
+FOLDER = Path("runs/benchmarks")  # for the results
+
+
+def play(config: Settings, app: ClientApp = client.app) -> dict[str, Any]:
+    """Run the federation of `config` in a temporary run folder, and return its metrics.json.
+
+    One node with `app` plays all clients. A run that fails is of the status "failed", with the rounds that it finished.
+    """
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder, in_a_run():
+        own = {**config, "out": folder}
+        grid = InMemoryGrid(own, {1: {"partition-id": 0, "num-partitions": 1}}, app=app)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            try:
+                server.main(grid, Context(1, 0, {}, RecordDict(), own))
+            except RuntimeError:  # such as a model that is not finite, or too few good ones
+                pass
+        return dict(json.loads(Path(folder, "metrics.json").read_text("utf-8")))
+
+
+def load_cells(path: Path) -> dict[str, Any]:
+    """Return the finished cells of a study by name, so that it goes on where it was interrupted."""
+    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+
+
+def save_cells(path: Path, cells: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(cells, indent=1) + "\n"
+    write_atomically(path, lambda unfinished: unfinished.write_text(text, "utf-8"))
