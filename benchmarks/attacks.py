@@ -19,8 +19,6 @@ from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.in_process import FOLDER, Settings, load_cells, play, save_cells
-
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType
 from flwr.clientapp import ClientApp
@@ -28,6 +26,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 import client
+from benchmarks.in_process import FOLDER, Settings, load_cells, play, save_cells
 from federation.app.client_state import keep_state
 from federation.app.job import order_of
 from federation.app.mods import explain, play_clients

@@ -4,9 +4,9 @@
     python benchmarks/heterogeneity.py --search          # what the strategies' parameters were chosen by
 
 Every fifth image of CIFAR-10 (small_cifar.py), in two settings: 10 clients that all train in each of 15 rounds, one
-local epoch each; and 100 clients, 10 of which train in each of 40 rounds, four local epochs each. SGD is cifar.py's own,
-with a learning rate of 0.02. A result is the mean of the test accuracies after the last five rounds: with strong skew,
-they go up and down from round to round.
+local epoch each; and 100 clients, 10 of which train in each of 40 rounds, four local epochs each. SGD is that of
+cifar.py with a learning rate of 0.02. A result is the mean of the test accuracies after the last five rounds: with
+strong skew, they go up and down from round to round.
 """
 
 import argparse
