@@ -98,9 +98,9 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
         "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": config.clients_per_round or 1,
         "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
-    takes = inspect.signature(row.make).parameters
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in takes.values())
-    sampling = {name: value for name, value in sampling.items() if takes_any or name in takes}
+    parameters = inspect.signature(row.make).parameters
+    passes_on = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    sampling = {name: value for name, value in sampling.items() if name in parameters or passes_on}
     try:
         strategy = row.make(**sampling, **row.given(config), **arguments(config))
     except (TypeError, ValueError) as error:
