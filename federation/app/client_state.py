@@ -6,13 +6,15 @@ emptied after. A file is of one round: a run that is resumed finds the state tha
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 
 from federation.app.archive import Records, read_archive, write_archive
-from federation.app.config import validate
+from federation.app.config import RunConfig, validate
 from federation.app.console import one_line
 from federation.app.job import order_of
 
@@ -30,6 +32,11 @@ class ClientState:
 
     def path(self, server_round: int) -> Path:
         return self.folder / f"client-{self.position}-round-{server_round}.npz"
+
+    @property
+    def ledger(self) -> Path:
+        """The file of what dp=local needs; see client_privacy.py. It is not of a round: a reply cannot be taken back."""
+        return self.folder / f"client-{self.position}-privacy.json"
 
     def load(self, server_round: int) -> Records:
         """Return what the client has kept of a round. Raises ValueError if that is missing or damaged."""
@@ -53,14 +60,19 @@ class ClientState:
             rounds[number].unlink(missing_ok=True)
 
 
+def state_of(context: Context, config: RunConfig, order: Mapping[str, Any]) -> ClientState:
+    """Return the files of the client that a message orders something of."""
+    folder = Path(str(context.node_config.get("state") or Path.home() / config.out / "clients"))
+    return ClientState(folder, order["run"], order["position"])
+
+
 def keep_state(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Give a ClientApp (as a mod of it) the client's state in its Context, and keep what it leaves there."""
     config, training = validate(context.run_config), message.metadata.message_type == MessageType.TRAIN
     if not config.keeps_state or not (training or message.metadata.message_type == MessageType.EVALUATE):
         return call_next(message, context)
     order = order_of(message)
-    folder = Path(str(context.node_config.get("state") or Path.home() / config.out / "clients"))
-    state = ClientState(folder, order["run"], order["position"])
+    state = state_of(context, config, order)
     context.state.clear()
     if order["kept"]:
         context.state.update(state.load(order["kept"]))

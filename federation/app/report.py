@@ -21,6 +21,7 @@ from federation.app.checkpoint import check_same, checkpoints, load_checkpoint, 
 from federation.app.config import RunConfig
 from federation.app.console import MARK, one_line, print_to_user
 from federation.app.partition import Rows
+from federation.app.privacy import note_local
 from federation.app.roster import Past
 from federation.app.run_folder import lock_run_folder, write_atomically
 
@@ -88,9 +89,20 @@ class Report:
         return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, last)
 
     def remaining_rounds(self) -> Iterator[int]:
-        """Yield the number of each round that is still to be played. With `patience`, the last may come early."""
-        while self.next_round <= self.config.num_server_rounds and not self._is_out_of_patience():
+        """Yield the number of each round that is still to be played. `patience` and dp-target-epsilon may end that early."""
+        while self.next_round <= self.config.num_server_rounds and not self._is_at_its_end():
             yield self.next_round
+
+    def _is_at_its_end(self) -> bool:
+        return self._is_out_of_patience() or self._has_spent_its_epsilon()
+
+    def _has_spent_its_epsilon(self) -> bool:
+        target, last = self.config.dp_target_epsilon, (self.metrics["rounds"] or [{}])[-1]
+        if not target or (last.get("epsilon_next") or 0) <= target:
+            return False
+        print_to_user(f"ended after round {last['round']}: another one could spend epsilon {last['epsilon_next']:.4g} "
+                      f"(dp-target-epsilon={target:g})")  # fmt: skip
+        return True
 
     def _is_out_of_patience(self) -> bool:
         best, patience = self.metrics["best"], self.config.patience
@@ -121,6 +133,8 @@ class Report:
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         seconds -= numbers.get("waiting_seconds", 0.0)
         row = self._empty_row(numbers) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
+        if self.config.dp == "local":
+            note_local(self.config, self.metrics["rounds"], row)
         self.metrics["rounds"].append(row)
         self.metrics["clients"] = dict(places)
         self.arrays = arrays
@@ -156,7 +170,7 @@ class Report:
     def _empty_row(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row in which each metric that is known is None."""
         own = [f"{side}_{name}" for name in self._own_metrics(numbers) for side in ("clients", "server")]
-        return dict.fromkeys([*KEYS, *own])
+        return dict.fromkeys([*KEYS, *own, *(("epsilon", "epsilon_next") if self.config.dp != "none" else ())])
 
     def _own_metrics(self, numbers: Mapping[str, Any]) -> list[str]:
         """Return the metrics besides the loss that test() has returned, here or at clients."""
@@ -166,7 +180,7 @@ class Report:
 
     def _show(self, row: Mapping[str, Any]) -> None:
         """Print a row of the table, and its header if there is another one than before."""
-        columns = _columns(self._own_metrics(row)[:MOST_SHOWN])
+        columns = _columns(self._own_metrics(row)[:MOST_SHOWN], "epsilon" in row)
         header = "  ".join(heading for heading, _, _ in columns)
         if header != self.header:
             print_to_user(header)
@@ -234,14 +248,14 @@ def _frameworks() -> dict[str, str]:
     return {name: str(sys.modules[name].__version__).split("+")[0] for name in names if sys.modules.get(name)}
 
 
-def _columns(own: list[str]) -> list[tuple[str, str, str]]:
+def _columns(own: list[str], private: bool) -> list[tuple[str, str, str]]:
     """Return the headings of the table, with the key in metrics.json of each and how it is shown."""
     own = [name.rjust(8) for name in own]
     return [
         ("round", "round", "d"), ("train loss", "train_loss", ".4f"), ("clients' loss", "clients_loss", ".4f"),
         *((name, f"clients_{name.strip()}", ".4f") for name in own),
         ("server's loss", "server_loss", ".4f"), *((f" {name}", f"server_{name.strip()}", ".4f") for name in own),
-        ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
+        *((("epsilon", "epsilon", ".3f"),) if private else ()), ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
     ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from federation.app import metrics
 from federation.app.config import RunConfig, SettingError, parse
 from federation.app.console import one_line
+from federation.app.privacy import RECORD, Private, protect
 from federation.app.scaffold import Scaffold
 from federation.app.task import add_task_folders
 from federation.app.weights import restore_dtypes
@@ -84,10 +85,12 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
 
     Raises SettingError where there is none of that name, or it cannot be made with its strategy-arguments.
     """
-    row = find(config.strategy)
+    row, state = find(config.strategy), dict(state)
+    private = state.pop(RECORD, None)
+    number = config.clients_asked if config.central_dp else config.clients_per_round
     sampling: dict[str, Any] = {
-        "fraction_train": 1e-9 if config.clients_per_round else config.fraction_train,
-        "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": config.clients_per_round or 1,
+        "fraction_train": 1e-9 if number else config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": number or 1,
         "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
     parameters = inspect.signature(row.make).parameters
@@ -102,7 +105,7 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
         attribute, _, kind = name.partition(" ")
         values = {key: array.numpy() for key, array in saved.items()}
         setattr(strategy, attribute, [*values.values()] if kind == "list" else values)
-    return strategy
+    return protect(strategy, config, private)
 
 
 def find(name: str) -> Row:
@@ -138,14 +141,14 @@ def arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def least_models(config: RunConfig) -> int:
-    """Return how many models the strategy needs to make a new one."""
-    return find(config.strategy).least(arguments(config))
+    """Return how many models the strategy needs to make a new one; with noise, it is meant for all that are asked."""
+    return config.clients_asked if config.central_dp else find(config.strategy).least(arguments(config))
 
 
 def check_strategy(config: RunConfig) -> None:
     """Raise SettingError where a strategy cannot be made, or a round has too few clients for it."""
     make_strategy(config, {})
-    trained = config.clients_per_round or max(1, int(config.num_clients * config.fraction_train))
+    trained = config.clients_asked
     if (least := least_models(config)) > trained:
         how = f" with {config.strategy_arguments}" * bool(config.strategy_arguments)
         raise SettingError(f"strategy={config.strategy}{how} needs {least} clients in a round, and there are {trained}")
@@ -153,6 +156,8 @@ def check_strategy(config: RunConfig) -> None:
 
 def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
     """Return what the next round depends on, besides the global model."""
+    if isinstance(strategy, Private):
+        return strategy_state(strategy.strategy) | {RECORD: strategy.state()}
     records = {}
     for name in _row_of(strategy).state:
         if (held := getattr(strategy, name, None)) is not None:
@@ -182,6 +187,7 @@ def aggregate_train(
     trained = metrics.per_client(replies, "train-")
     results: dict[str, Any] = {f"train_{name}": averaged[f"train-{name}"] for name in metrics.names(trained)}
     results |= {"clients": len(replies), "samples": trained["samples"], "trained": trained}
+    results |= strategy.spent() if isinstance(strategy, Private) else {}
     return arrays, results | {"client_seconds": max(trained["seconds"])}
 
 
