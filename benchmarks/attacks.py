@@ -40,6 +40,7 @@ FORGED: dict[str, Callable[[Values, Values, np.random.Generator], Values]] = {  
     "scale": lambda x, y, random: x + 10 * (y - x),
     "noise": lambda x, y, random: x + random.normal(size=x.shape),
 }
+FLIPPED = "benchmarks.flipped_cifar"  # the script of those that train on wrong labels
 ATTACKS = ["none", *FORGED, "labels"]
 PARTITIONS: dict[str, Settings] = {
     "IID": {"partitioner": "iid"},
@@ -71,7 +72,8 @@ def attacked_app(attack: str) -> ClientApp:
         if message.metadata.message_type != MessageType.TRAIN or order_of(message)["position"] not in BAD:
             return call_next(message, context)
         if attack == "labels":
-            context.run_config = {**context.run_config, "task": "benchmarks.flipped_cifar"}
+            own = {**context.run_config, "task": FLIPPED}
+            context = Context(context.run_id, context.node_id, context.node_config, context.state, own)
         reply = call_next(message, context)
         if attack in FORGED:
             reply.content["arrays"] = forged(message, reply, attack)
