@@ -15,8 +15,9 @@ from federation.app.client_state import keep_state
 from federation.app.job import Job
 from federation.app.mods import explain, play_clients
 from federation.app.packing import packed_replies
+from federation.app.upload import send_changes
 
-app = ClientApp(mods=[packed_replies, play_clients, explain, keep_state])
+app = ClientApp(mods=[packed_replies, play_clients, explain, keep_state, send_changes])
 app.query("join")(membership.join)
 app.query("leave")(membership.leave)
 hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them

@@ -21,6 +21,7 @@ from federation.app.exchange import Exchange
 from federation.app.replies import check_reply
 from federation.app.roster import POLL, Roster
 from federation.app.strategy import least_models
+from federation.app.upload import restore_model
 
 PRESENCE = 2.0  # seconds between two looks at who is still there
 MOST_LISTED = 10  # clients with the same reason
@@ -107,12 +108,14 @@ class ClientGrid(Grid):
         for identity, reply in self.delivery.pull(list(exchange.pending)).items():
             question = exchange.pending.pop(identity)
             client = self.roster.clients[question.metadata.dst_node_id]
+            sent = 0 if reply.has_error() else sum(map(weights.size, reply.content.array_records.values()))
             try:
+                restore_model(question, reply, self.config)
                 check_reply(question, reply, client.samples, exactly=client.rows is not None)
             except ValueError as error:
                 exchange.reject(question, str(error), failed=True)
                 continue
-            self.bytes_up += sum(weights.size(arrays) for arrays in reply.content.array_records.values())
+            self.bytes_up += sent
             exchange.good.append(reply)
 
     def _reject_absent(self, exchange: Exchange) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from federation.app import bundle, packing, partition, weights
 from federation.app.console import one_line
+from federation.app.mixing import MIXING
 from federation.app.roster import Client, Roster, from_nobody
 
 BUNDLED = 32 * 2**20  # bytes of models in a bundle, unless a single one has more: each is in memory several times
@@ -31,12 +32,12 @@ class Batch:
     message: Message | None = None  # to the node, made while the node still answers the one before it
 
     def parts(self) -> "Iterator[Batch]":
-        """Split what trains so many models that they would not fit into one bundle."""
+        """Split what has so many models, or trains so many, that they would not fit into one bundle."""
         ids = [*self.questions]
         first = self.questions[ids[0]]
-        trained = first.metadata.message_type == MessageType.TRAIN
-        model = sum(map(weights.size, first.content.array_records.values()))
-        step = max(1, BUNDLED // max(1, model)) if trained else len(ids)
+        differ = first.metadata.message_type == MessageType.TRAIN or MIXING in first.content  # here, or in the replies
+        model = max(_size(question.content) for question in self.questions.values())
+        step = max(1, BUNDLED // max(1, model)) if differ else len(ids)
         for start in range(0, len(ids), step):
             part = {identity: self.questions[identity] for identity in ids[start : start + step]}
             yield Batch(self.node, part, self.is_bundle)
@@ -92,7 +93,7 @@ class Delivery:
         questions = [*batch.questions.values()]
         clients = [self.roster.clients[question.metadata.dst_node_id] for question in questions]
         contents = [self._address(*pair) for pair in zip(clients, questions, strict=True)]
-        self.bytes_down += sum(weights.size(a) for content in contents for a in content.array_records.values())
+        self.bytes_down += sum(map(_size, contents))
         content = bundle.pack(contents) if batch.is_bundle else contents[0]
         to = questions[0].metadata
         return Message(packing.pack(content), batch.node, to.message_type, group_id=to.group_id)
@@ -142,6 +143,10 @@ class Delivery:
         batches = [self.sent.pop(identity) for identity in gone]
         batches += [batch for node in self.queued.keys() - online for batch in self.queued.pop(node)]
         self.lost.update(*(batch.questions for batch in batches))
+
+
+def _size(content: RecordDict) -> int:
+    return sum(map(weights.size, content.array_records.values()))
 
 
 def _unwrap(reply: Message, batch: Batch) -> list[Message]:

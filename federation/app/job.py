@@ -16,6 +16,7 @@ from federation.app.console import print_to_user
 from federation.app.cores import share_cores
 from federation.app.corrections import ControlVariates, proximal
 from federation.app.fingerprint import difference
+from federation.app.mixing import mixed
 from federation.app.partition import hold_back
 from federation.app.task import build_net, classes_of, client_seed, load_task, open_data, train_settings
 
@@ -51,7 +52,7 @@ class Job:
         classes = self.order["classes"] or classes_of(self.task, self.data()[0][0])
         net = build_net(self.task, seed, classes)
         records = self.message.content.array_records
-        arrays = records["arrays"]
+        arrays = mixed(records)
         if "personal" in records:
             arrays = ArrayRecord({**arrays, **self.context.state.array_records.get("personal", records["personal"])})
         weights.to_net(arrays, net)

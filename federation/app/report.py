@@ -18,6 +18,7 @@ from flwr.app import ArrayRecord
 from federation.app import metrics, samples, weights
 from federation.app.archive import Records
 from federation.app.checkpoint import check_same, checkpoints, load_checkpoint, save_checkpoint
+from federation.app.client_state import forget, last_trained
 from federation.app.config import RunConfig
 from federation.app.console import MARK, one_line, print_to_user
 from federation.app.partition import Rows
@@ -62,12 +63,17 @@ class Report:
         }
         if config.resume:
             self._resume()
+        else:
+            forget(self.folder)
         self._write()
         if model.data:
             where = root or "its own data"
             print_to_user(f"{config.task} on {where}: {train:,} training and {test:,} test samples")
         else:
             print_to_user(f"{config.task}: initial weights from {Path(config.initial).name}, no data on the server")
+        if config.personal:
+            print_to_user(f"entries that match {config.personal!r} stay with the clients, which test their own models; "
+                          "the server tests, and saves, the model with the initial ones")  # fmt: skip
 
     def _resume(self) -> None:
         saved, records = load_checkpoint(self.folder)
@@ -82,10 +88,10 @@ class Report:
 
     def past(self) -> Past:
         """Return what is known of the run, when it begins or is resumed, before its clients join."""
-        trained = [(row["round"], (row["trained"] or {}).get("client", ())) for row in self.metrics["rounds"]]
-        last = {client: number for number, clients in trained for client in clients}
         partitions = len(self.metrics["partitions"].get("train", ()))
-        return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, last)
+        return Past(
+            self.metrics["run"], dict(self.metrics["clients"]), partitions, last_trained(self.metrics["rounds"])
+        )
 
     def remaining_rounds(self) -> Iterator[int]:
         """Yield the number of each round that is still to be played. With `patience`, the last may come early."""
@@ -156,7 +162,8 @@ class Report:
     def _empty_row(self, numbers: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row in which each metric that is known is None."""
         own = [f"{side}_{name}" for name in self._own_metrics(numbers) for side in ("clients", "server")]
-        return dict.fromkeys([*KEYS, *own])
+        apart = ["consensus"] if self.config.topology != "star" else []
+        return dict.fromkeys([*KEYS, *own, *apart])
 
     def _own_metrics(self, numbers: Mapping[str, Any]) -> list[str]:
         """Return the metrics besides the loss that test() has returned, here or at clients."""
@@ -166,7 +173,7 @@ class Report:
 
     def _show(self, row: Mapping[str, Any]) -> None:
         """Print a row of the table, and its header if there is another one than before."""
-        columns = _columns(self._own_metrics(row)[:MOST_SHOWN])
+        columns = [column for column in _columns(self._own_metrics(row)[:MOST_SHOWN]) if column[1] in row]
         header = "  ".join(heading for heading, _, _ in columns)
         if header != self.header:
             print_to_user(header)
@@ -241,6 +248,7 @@ def _columns(own: list[str]) -> list[tuple[str, str, str]]:
         ("round", "round", "d"), ("train loss", "train_loss", ".4f"), ("clients' loss", "clients_loss", ".4f"),
         *((name, f"clients_{name.strip()}", ".4f") for name in own),
         ("server's loss", "server_loss", ".4f"), *((f" {name}", f"server_{name.strip()}", ".4f") for name in own),
+        ("consensus", "consensus", ".4f"),
         ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
     ]  # fmt: skip
 

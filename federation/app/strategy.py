@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from federation.app import metrics
 from federation.app.config import RunConfig, SettingError, parse
 from federation.app.console import one_line
+from federation.app.gossip import Gossip
 from federation.app.scaffold import Scaffold
 from federation.app.task import add_task_folders
 from federation.app.weights import restore_dtypes
@@ -28,6 +29,7 @@ STEP: Limits = (1e-9, 1e6)
 DECAY: Limits = (0.0, 0.999999)
 ADAPTIVE: dict[str, Limits] = {"eta": STEP, "tau": (1e-12, 1e6)}  # Reddi et al. 2021, algorithm 2
 MOMENTS: dict[str, Limits] = {"beta_1": DECAY, "beta_2": DECAY}
+REPORTED = ("consensus",)  # what a strategy may say of a round, besides means of the clients' metrics
 BAD: dict[str, Limits] = {"num_malicious_nodes": (0, 100_000)}  # a whole number, as these limits are
 
 
@@ -67,6 +69,10 @@ STRATEGIES = {
                      least=lambda given: max(2 * _bad(given) + 3, _bad(given) + int(given["num_nodes_to_select"]))),
     "bulyan": Row(flower.Bulyan, BAD, {"num_malicious_nodes": 1}, least=lambda given: 4 * _bad(given) + 3),
 }  # fmt: skip
+GOSSIP = Row(
+    Gossip,  # in the place of fedavg, where no server averages
+    given=lambda config: {"topology": config.topology, "neighbours": config.neighbours, "seed": config.seed},
+)
 
 
 def _rate(config: RunConfig) -> float:
@@ -82,9 +88,11 @@ def _bad(given: Arguments) -> int:
 def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strategy:
     """Return the strategy that `config` names, with the state that an earlier process has saved.
 
-    Raises SettingError where there is none of that name, or it cannot be made with its strategy-arguments.
+    Raises SettingError where there is none of that name, where it cannot be made with its strategy-arguments, or where
+    a round has too few clients for it.
     """
-    row = find(config.strategy)
+    row = find(config.strategy) if config.topology == "star" else GOSSIP
+    _check_enough(config)
     sampling: dict[str, Any] = {
         "fraction_train": 1e-9 if config.clients_per_round else config.fraction_train,
         "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": config.clients_per_round or 1,
@@ -132,7 +140,8 @@ def arguments(config: RunConfig) -> dict[str, Any]:
             known = ", ".join(row.limits) or "none"
             raise SettingError(f"strategy-arguments: {config.strategy} takes no {name}; what can be set: {known}")
         low, high = row.limits[name]
-        if type(value) not in (int, float):
+        kinds = (int,) if isinstance(high, int) else (int, float)
+        if type(value) not in kinds or not low <= value <= high:
             raise SettingError(f"strategy-arguments: {name}={value!r} is out of range: {low:g} to {high:g} is allowed")
     own = {name: one.default for name, one in inspect.signature(row.make).parameters.items() if name in row.limits}
     return {**own, **row.defaults, **given}
@@ -143,9 +152,7 @@ def least_models(config: RunConfig) -> int:
     return find(config.strategy).least(arguments(config))
 
 
-def check_strategy(config: RunConfig) -> None:
-    """Raise SettingError where a strategy cannot be made, or a round has too few clients for it."""
-    make_strategy(config, {})
+def _check_enough(config: RunConfig) -> None:
     trained = config.clients_per_round or max(1, int(config.num_clients * config.fraction_train))
     if (least := least_models(config)) > trained:
         how = f" with {config.strategy_arguments}" * bool(config.strategy_arguments)
@@ -176,6 +183,7 @@ def aggregate_train(
     Its entries keep the dtypes that they had `before`. Raises RuntimeError where one is not finite.
     """
     arrays, averaged = strategy.aggregate_train(server_round, replies)
+    vars(strategy).update(dict.fromkeys(_row_of(strategy).renewed))
     if arrays is None or averaged is None:
         raise RuntimeError(f"round {server_round}: {type(strategy).__name__} made no model of {len(replies)} good ones")
     arrays = ArrayRecord({**before, **restore_dtypes(before, arrays)})  # personal entries have no mean
@@ -183,6 +191,7 @@ def aggregate_train(
     trained = metrics.per_client(replies, "train-")
     results: dict[str, Any] = {f"train_{name}": averaged[f"train-{name}"] for name in metrics.names(trained)}
     results |= {"clients": len(replies), "samples": trained["samples"], "trained": trained}
+    results |= {name: averaged[name] for name in REPORTED if name in averaged}
     return arrays, results | {"client_seconds": max(trained["seconds"])}
 
 

@@ -2,16 +2,21 @@
 
 import json
 import re
+import shlex
 import shutil
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 from PIL import Image
 
+import server
+from federation.app.config import parse
 from federation.launch.network import free_port
 from tests.conftest import ROOT, Terminals, eventually
+from tests.in_memory import InMemoryGrid
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMANDS = {
@@ -56,6 +61,16 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "sh benchmarks/namespaces.sh",  # by hand: it needs root, and makes network interfaces
     "sudo ufw allow from 203.0.113.0/24 to any port 8080 proto tcp",  # it opens a firewall
 }  # fmt: skip
+
+
+SETTINGS = "rounds", "strategies", "topologies", "compression", "privacy"  # pages of which the settings are played
+PLAYED = {
+    command
+    for page in SETTINGS
+    for command in re.findall(
+        r"^python server.py --simulate .*$", (ROOT / "docs" / f"{page}.md").read_text("utf-8"), re.M
+    )
+}
 
 
 def without_code(page: Path) -> str:
@@ -106,7 +121,7 @@ def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
 
 def test_every_command_is_run_by_a_test() -> None:
     source = Path(__file__).read_text().replace('\\"', '"')  # as the shell is to see it
-    for command in COMMANDS - RUN_ELSEWHERE:
+    for command in COMMANDS - RUN_ELSEWHERE - PLAYED:
         assert f"'{command}'" in source or f'"{command}"' in source, f"no test runs: {command}"
 
 
@@ -131,6 +146,21 @@ def checkout(terminals: Terminals) -> Path:
                 pixels = random.integers(0, 25, (32, 32, 3), np.uint8) + np.uint8(23 * label)
                 Image.fromarray(pixels).save(folder / "DIR" / split / str(label) / f"{i}.png")
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "in_a_run")
+@pytest.mark.parametrize("command", sorted(PLAYED))
+def test_settings_are_played(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run config of each command, in one process: that the options themselves work is known from the others."""
+    monkeypatch.chdir(checkout)
+    _, script, simulate, clients, run_config, text, *more = shlex.split(command)
+    assert (script, simulate, run_config, more) == ("server.py", "--simulate", "--run-config", [])
+    config = {"data": str(checkout / "DIR"), "out": str(checkout / "out"), "num-clients": int(clients)} | parse(text)
+    config |= {"num-server-rounds": 2}
+    grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
+    server.main(grid, Context(1, 0, {}, RecordDict(), config))
+    assert metrics(checkout / "out")["status"] == "finished"
 
 
 def put_in_its_usual_place(data: Path, terminals: Terminals) -> None:
