@@ -1,6 +1,7 @@
 """The studies of strategies attack as they say, go on where they stopped, and show what their runs have found."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +20,15 @@ import client
 import server
 from benchmarks import attacks, flipped_cifar, heterogeneity, in_process, small_cifar
 from cifar_data import embedded_data
-from federation.app.config import validate
-from federation.app.strategy import check_strategy
+from federation.app.config import parse, validate
+from federation.app.strategy import STRATEGIES, arguments, make_strategy
 from federation.app.task import load_task
+from tests.conftest import ROOT
 from tests.in_memory import InMemoryGrid
 from tests.tasks import TINY
 
 Weights = dict[str, NDArray[Any]]
+PAGE = (ROOT / "docs" / "strategies.md").read_text("utf-8")
 ONE_CELL = ["--data", "embedded", "--seeds", "1", "--rounds", "1", "--partition", "IID", "--strategy", "fedavg"]
 STUDIES = [(heterogeneity.main, ["--setting", "10 of 10 clients"]), (attacks.main, ["--attack", "scale"])]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,15 +56,15 @@ def test_the_small_task_has_every_fifth_image_and_is_cifar_otherwise() -> None:
 @pytest.mark.parametrize("setting", heterogeneity.SETTINGS.values(), ids=heterogeneity.SETTINGS)
 def test_every_run_on_different_data_can_start(setting: dict[str, Any]) -> None:
     for strategy, parameters in (*heterogeneity.STRATEGIES.items(), *heterogeneity.SEARCH):
-        check_strategy(validate(heterogeneity.COMMON | setting | heterogeneity.given(strategy, parameters, seed=0)))
+        make_strategy(validate(heterogeneity.COMMON | setting | heterogeneity.given(strategy, parameters, seed=0)), {})
 
 
 def test_every_attacked_run_can_start_and_bulyan_needs_its_eleventh_client() -> None:
     for strategy, (parameters, clients) in attacks.STRATEGIES.items():
         own = heterogeneity.given(strategy, parameters, seed=0) | {"num-clients": clients}
-        check_strategy(validate(attacks.COMMON | own))
+        make_strategy(validate(attacks.COMMON | own), {})
     with pytest.raises(ValueError, match=r"strategy=bulyan .* needs 11 clients in a round, and there are 10"):
-        check_strategy(validate(attacks.COMMON | own | {"num-clients": 10}))
+        make_strategy(validate(attacks.COMMON | own | {"num-clients": 10}), {})
 
 
 @pytest.mark.parametrize(("main", "options"), STUDIES, ids=["heterogeneity", "attacks"])
@@ -167,3 +170,42 @@ def test_the_attacks_are_drawn(run: Callable[..., str], tmp_path: Path) -> None:
     with Image.open(tmp_path / "cells.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6) or []}
     assert {tuple(bytes.fromhex(colour[1:])) for colour in attacks.COLOURS} <= colours
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_all_parameters_are_documented_with_their_defaults_and_limits() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)`.*? \| (\S+) \| (\S+) to ([^ ;]+).*\|$", PAGE, re.M)
+    found = {(name, key): tuple(map(float, numbers)) for name, key, *numbers in rows}
+    declared = {}
+    for name, row in STRATEGIES.items():
+        given = arguments(validate({"strategy": name, "num-clients": 100}))
+        declared |= {(name, key): (given[key], *limits) for key, limits in row.limits.items()}
+    assert found == declared and len(rows) == len(found)
+    assert re.findall(r"^\| `(\w+)` \| [^`0-9]", PAGE, re.M)[1 : len(STRATEGIES) + 1] == [*STRATEGIES]
+
+
+@pytest.mark.usefixtures("in_a_run")
+def test_the_class_of_the_page_goes_on_from_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (text,) = re.findall(r"`--run-config \"(strategy='my_strategy.*?)\"`", PAGE)
+    (tmp_path / "tiny_own.py").write_text(TINY)
+    (tmp_path / "my_strategy.py").write_text(code)
+    forgetful = text.replace("my_strategy", "my_forgetful_strategy")
+    (tmp_path / "my_forgetful_strategy.py").write_text(code.replace("state =", "other ="))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def ends(settings: str, *rounds: int) -> str:
+        """Run up to each of these rounds, in turn, and return the digest of the last model."""
+        out = tmp_path / f"{settings[:14]}-{rounds}"
+        for number in rounds:
+            config = {"task": "tiny_own", "num-server-rounds": number, "out": str(out), "learning-rate": 1.0}
+            config |= parse(settings) | {"resume": number != rounds[0], "fraction-evaluate": 0.0}
+            grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
+            server.main(grid, Context(1, 0, {}, RecordDict(), config))
+        return str(json.loads((out / "metrics.json").read_text())["final_weights_sha256"])
+
+    whole = ends(text, 3)
+    assert ends(text, 2, 3) == whole == ends(forgetful, 3) != ends(forgetful, 2, 3)
+    assert whole != ends("strategy='fedavg'", 3)
