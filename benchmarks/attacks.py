@@ -149,6 +149,7 @@ def draw(path: Path, cells: Cells, args: argparse.Namespace) -> None:
         panel.axhline(10, color="grey", linestyle=":", linewidth=1)
         panel.set(title=partition, ylabel="test accuracy, %", xticks=range(len(args.attack)), xticklabels=args.attack)
         panel.grid(alpha=0.3, axis="y")
+        panel.set_axisbelow(True)
     axes[0].legend(frameon=False, ncols=len(args.strategy), loc="upper center", bbox_to_anchor=(0.5, 1.35))
     axes[-1].set(xlabel="what 2 hostile clients of 10 do (bulyan: of 11); the dotted line is chance")
     write_atomically(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
