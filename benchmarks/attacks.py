@@ -40,6 +40,7 @@ FORGED: dict[str, Callable[[Values, Values, np.random.Generator], Values]] = {  
     "scale": lambda x, y, random: x + 10 * (y - x),
     "noise": lambda x, y, random: x + random.normal(size=x.shape),
 }
+FLIPPED = "benchmarks.flipped_cifar"  # the script of those that train on wrong labels
 ATTACKS = ["none", *FORGED, "labels"]
 PARTITIONS: dict[str, Settings] = {
     "IID": {"partitioner": "iid"},
@@ -71,7 +72,8 @@ def attacked_app(attack: str) -> ClientApp:
         if message.metadata.message_type != MessageType.TRAIN or order_of(message)["position"] not in BAD:
             return call_next(message, context)
         if attack == "labels":
-            context.run_config = {**context.run_config, "task": "benchmarks.flipped_cifar"}
+            own = {**context.run_config, "task": FLIPPED}
+            context = Context(context.run_id, context.node_id, context.node_config, context.state, own)
         reply = call_next(message, context)
         if attack in FORGED:
             reply.content["arrays"] = forged(message, reply, attack)
@@ -147,6 +149,7 @@ def draw(path: Path, cells: Cells, args: argparse.Namespace) -> None:
         panel.axhline(10, color="grey", linestyle=":", linewidth=1)
         panel.set(title=partition, ylabel="test accuracy, %", xticks=range(len(args.attack)), xticklabels=args.attack)
         panel.grid(alpha=0.3, axis="y")
+        panel.set_axisbelow(True)
     axes[0].legend(frameon=False, ncols=len(args.strategy), loc="upper center", bbox_to_anchor=(0.5, 1.35))
     axes[-1].set(xlabel="what 2 hostile clients of 10 do (bulyan: of 11); the dotted line is chance")
     write_atomically(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
