@@ -27,11 +27,13 @@ COMMANDS = {
     if line.strip()
 }
 RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo runs cifar.py, server.py and client.py
-    "make demo", "make test", "make test-slow", "make lint", "make install EXTRAS=dev,jax,keras,sklearn,lightning,text",
+    "make demo", "make test", "make test-slow", "make lint",
+    "make install EXTRAS=dev,jax,keras,sklearn,lightning,text,dp",
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
     "python -m federation.compare --quick",  # by test_compare
+    "python -m federation.compare --quick --strategies scaffold",  # likewise
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
     "federate check my_script", "federate server --task my_script",  # by test_installed, with the task that it installs
     "federate new my_task.py", "federate new my_task.py --from train.py",  # by test_new

@@ -159,7 +159,9 @@ def test_no_more_clients_can_be_needed_than_are_waited_for(least: int, clients: 
 def test_choices_are_allowed_and_the_default_is_one() -> None:
     for key, choices in CHOICES.items():
         assert defaults()[key] in choices
-        assert [validate({"learning-rate": 0.1, key: choice}).values()[key] for choice in choices] == choices
+        assert [
+            validate({"learning-rate": 0.1, "num-clients": 4, key: choice}).values()[key] for choice in choices
+        ] == choices
 
 
 @pytest.mark.parametrize("value", ["foo", "", "IID", "iid ", "dirichlet,shards"])
