@@ -13,8 +13,14 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import GaussianPrivacyEvent, Grid, NeighboringRelation, PrivacyAccountant, PrivacyConfig
-from flwr.serverapp import SamplingMethod
+from flwr.serverapp import (
+    GaussianPrivacyEvent,
+    Grid,
+    NeighboringRelation,
+    PrivacyAccountant,
+    PrivacyConfig,
+    SamplingMethod,
+)
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import FedAvg, Strategy
 
@@ -101,7 +107,7 @@ class Private(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send the model. Raises ValueError where it has entries that cannot be clipped."""
+        """Send the model. Raises SettingError where it has entries that cannot be clipped."""
         check_entries(arrays)
         self.arrays, self.wrapper = arrays, self.wrapped()
         messages: Iterable[Message] = self.wrapper.configure_train(server_round, arrays, config, grid)
@@ -193,10 +199,13 @@ class Adaptive(Private):
 
     def account(self, server_round: int) -> None:
         """Add a round that has made a model. Raises RuntimeError where that must not be published."""
-        event, most = self.event(self.multiplier(self.wrapper.clipping_norm / self.clipping_norm)), self.config.dp_target_epsilon
+        event, most = (
+            self.event(self.multiplier(self.wrapper.clipping_norm / self.clipping_norm)),
+            self.config.dp_target_epsilon,
+        )
         if most and self.accountant.would_exceed(event, most):
-            raise RuntimeError(f"round {server_round}: the clipping norm has fallen so far that dp-target-epsilon={most:g} "
-                               "would be exceeded; its model is dropped")  # fmt: skip
+            raise RuntimeError(f"round {server_round}: the clipping norm has fallen so far that "
+                               f"dp-target-epsilon={most:g} would be exceeded; its model is dropped")  # fmt: skip
         self.accountant.compose(event)
         self.clipping_norm = self.wrapper.clipping_norm
 

@@ -89,7 +89,7 @@ class Report:
         return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, last)
 
     def remaining_rounds(self) -> Iterator[int]:
-        """Yield the number of each round that is still to be played. `patience` and dp-target-epsilon may end that early."""
+        """Yield the number of each round that is still to be played: `patience` or `dp-target-epsilon` may end it."""
         while self.next_round <= self.config.num_server_rounds and not self._is_at_its_end():
             yield self.next_round
 
@@ -255,7 +255,8 @@ def _columns(own: list[str], private: bool) -> list[tuple[str, str, str]]:
         ("round", "round", "d"), ("train loss", "train_loss", ".4f"), ("clients' loss", "clients_loss", ".4f"),
         *((name, f"clients_{name.strip()}", ".4f") for name in own),
         ("server's loss", "server_loss", ".4f"), *((f" {name}", f"server_{name.strip()}", ".4f") for name in own),
-        *((("epsilon", "epsilon", ".3f"),) if private else ()), ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
+        *((("epsilon", "epsilon", ".3f"),) if private else ()),
+        ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
     ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from federation.app import metrics, weights
 from federation.app.config import RunConfig, SettingError, validate
+from federation.app.noise import check_entries
 from federation.app.partition import BY_GROUP, check_enough, split_data
 from federation.app.run_folder import write_atomically
 from federation.app.samples import count
@@ -72,6 +73,8 @@ def check_federated(config: RunConfig, net: Any) -> None:
     if config.personal and not (shared and personal):
         found = "all entries of the model" if personal else "none of the model's entries"
         raise SettingError(f"personal={config.personal!r} matches {found}: {', '.join(arrays):.300}")
+    if config.dp != "none":
+        check_entries(shared)
 
 
 def check_best(config: RunConfig, trial: Trial) -> None:
