@@ -29,7 +29,7 @@ from federation.app.console import one_line
 from federation.app.noise import check_entries, moved, new_key, secret_noise
 
 RECORD = "privacy"  # of a checkpoint
-CLIP_RATE = 0.2  # of the adaptive norm, in the exponent (Andrew et al. 2021, section 3.1)
+CLIP_RATE = 0.2  # of the adaptive norm, in the exponent: Flower's default
 LOWEST = 6.0  # the count of clipped updates may fall below 0 by so many standard deviations of its noise: once in 1e9
 NORM_BIT = "norm_bit"  # as Flower calls a client's report of whether its update was clipped
 

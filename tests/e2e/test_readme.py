@@ -25,7 +25,7 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "make demo", "make test", "make test-slow", "make lint", "make install EXTRAS=dev,jax,keras,sklearn,lightning,text",
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
-    'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
+    'pip install ".[jax]"', 'pip install ".[keras]"', 'pip install ".[dp]"',  # by .ci/run, as extras of make install
     "python -m federation.compare --quick",  # by test_compare
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
     "federate check my_script", "federate server --task my_script",  # by test_installed, with the task that it installs
@@ -214,6 +214,22 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
     assert server.wait(400) == 0, server.text
     assert metrics(checkout / "runs" / "federated")["config"]["train-arguments"] == "momentum=0.5 weight_decay=0.0"
     assert "worst: client " in server.text
+
+
+@pytest.mark.slow
+def test_privacy(terminals: Terminals, checkout: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    put_in_its_usual_place(checkout / "DIR", terminals)
+    command = "python server.py --simulate 10 --run-config \"dp='server-fixed' dp-noise-multiplier=2.0 dp-target-epsilon=3.5\""  # noqa: E501
+    server = terminals.shell(command, checkout)
+    assert server.wait(400) == 0, server.text
+    run = metrics(checkout / "runs" / "federated")
+    assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 10, 10]
+    assert run["rounds"][2]["epsilon"] < 3.5 < run["rounds"][2]["epsilon_next"]
+    assert "ended after round 2: another one could spend epsilon" in server.text
+    server = terminals.shell("python server.py --simulate 10 --run-config \"dp='local' dp-epsilon=8.0\"", checkout)
+    assert server.wait(400) == 0, server.text
+    assert [row["epsilon"] for row in metrics(checkout / "runs" / "federated")["rounds"]] == [None, 8, 16, 24]
 
 
 @pytest.mark.slow
