@@ -1,15 +1,17 @@
 """Measure what differential privacy costs, and what it protects: accuracy and membership inference against epsilon.
 
-    python benchmarks/privacy.py                 # about CPU_MINUTES minutes on one core; continues if it was interrupted
+    python benchmarks/privacy.py                 # a quarter of an hour on one core; see --help
     python benchmarks/privacy.py --table         # only print the table of what has been measured
 
-CLIENTS clients hold a few images of CIFAR-10 each, and all of them train in every round. The model is a linear layer
-on random features that stay as they are: noise grows with the number of parameters, and few clients can drown it for
-few parameters only. It is trained by cifar.train, and this file is the task: `--task benchmarks.privacy`.
+300 clients hold two images of CIFAR-10 each, and all of them train in every one of 20 rounds. The model is a linear
+layer on random features that stay as they are: the noise has a component for each parameter, so that a model of few
+parameters needs fewer clients. It is trained by cifar.train, and this file is the task, `benchmarks.privacy`. Each
+seed has members of its own. The learning rate and the clipping norm were chosen by trying a few on these data, which
+itself is not private.
 
-The attack is that of Yeom et al. 2018 (section 3.2, adversary 2 with the mean training loss as its threshold): an image
-is taken for a member if its loss under the final model is at most that. Its advantage is the share of the members that
-are, less the share of as many other images that are, too: 0 for an attack that guesses, 1 for one that always knows.
+The attack is that of Yeom et al. 2018 (section 3, a loss threshold): an image is taken for a member if its loss under
+the final model is at most the mean training loss. Its advantage is the share of the members of which that is true, less
+that of 10,000 other images of the training set: 0 for an attack that guesses, 1 for one that always knows.
 """
 
 import argparse
@@ -33,11 +35,15 @@ from cifar import load_data as load_images  # noqa: E402
 
 __all__ = ["Net", "find_data", "load_data", "test", "train"]
 
-CLIENTS, ROUNDS, MEMBERS = 400, 20, 2000
-NORM = 0.5  # the clipping norm
+CLIENTS, ROUNDS = 300, 20
+MEMBERS, OTHERS = 600, 10_000
+NORM = 1.0  # the clipping norm
 MULTIPLIERS = (0.0, 0.5, 2.0, 8.0, 32.0)  # 0: no differential privacy
 SEEDS = (0, 1, 2)
-LOCAL = {"local-epochs": 5, "batch-size": 5, "learning-rate": 0.05}
+SETTING = {
+    "num-clients": CLIENTS, "num-server-rounds": ROUNDS, "local-epochs": 5, "batch-size": 2, "learning-rate": 0.2,
+    "fraction-evaluate": 0.0, "server-evaluation": False,
+}  # fmt: skip
 FILTERS, POOLED = 64, 3
 
 
@@ -53,15 +59,20 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found = F.conv2d(x, self.get_buffer("filters"), stride=2)
         halves = torch.cat([F.relu(found - 0.2), F.relu(-found - 0.2)], dim=1)
-        logits: Tensor = self.head(4 * F.adaptive_avg_pool2d(halves, POOLED).flatten(1))
+        pooled = F.adaptive_avg_pool2d(halves, POOLED).flatten(1)
+        logits: Tensor = self.head(0.2 * F.layer_norm(pooled, pooled.shape[1:]))
         return logits
 
 
+chosen: list[int] = [0]  # the seed by which members are
+
+
 def load_data(root: str | None = None) -> tuple[Data, Data]:
-    """Return the members' images, and as many that are not: both from the training set of CIFAR-10."""
+    """Return the members' images, and others: both from the training set of CIFAR-10."""
     (images, labels), _ = load_images(root)
-    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: 2 * MEMBERS]
-    return (images[rows[:MEMBERS]], labels[rows[:MEMBERS]]), (images[rows[MEMBERS:]], labels[rows[MEMBERS:]])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(chosen[0]))
+    members, others = order[:MEMBERS], order[MEMBERS : MEMBERS + OTHERS]
+    return (images[members], labels[members]), (images[others], labels[others])
 
 
 def advantage(members: Tensor, others: Tensor) -> float:
@@ -88,6 +99,7 @@ def attacked(path: Path, root: str) -> dict[str, float]:
 
 def run(multiplier: float, seed: int, out: Path, root: str) -> dict[str, Any]:
     """Train with the real client and server, in this process, and attack the final model."""
+    chosen[:] = [seed]
     import logging
 
     from flwr.app import Context, RecordDict
@@ -97,8 +109,8 @@ def run(multiplier: float, seed: int, out: Path, root: str) -> dict[str, Any]:
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     private = {"dp": "server-fixed", "dp-noise-multiplier": multiplier, "dp-clipping-norm": NORM} if multiplier else {}
-    config = {"task": "benchmarks.privacy", "data": root, "out": str(out), "seed": seed, "num-clients": CLIENTS,
-              "num-server-rounds": ROUNDS, "fraction-evaluate": 0.0, "server-evaluation": False} | LOCAL | private  # fmt: skip
+    own = {"task": "benchmarks.privacy", "data": root, "out": str(out), "seed": seed}
+    config = own | SETTING | private
     with in_a_run():
         grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
         server.main(grid, Context(1, 0, {}, RecordDict(), config))
@@ -126,9 +138,10 @@ def _spread(values: list[float]) -> str:
 
 
 def main() -> None:
+    from benchmarks.privacy import run  # of the module that is the task
     from federation.app.run_folder import write_atomically
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=f"{__doc__.split(chr(10))[0]} Continues if it was interrupted.")
     parser.add_argument("--data", metavar="DIR", help="CIFAR-10")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", metavar="DIR")
     parser.add_argument("--table", action="store_true", help="print what has been measured, and measure nothing")

@@ -75,8 +75,10 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         """Read the file, or begin one. Raises ValueError where it is damaged."""
         self.path = path
+        saved: dict[str, Any] = {"key": new_key().hex(), "rounds": []}
         try:
-            saved = json.loads(path.read_text("utf-8")) if path.exists() else {"key": new_key().hex(), "rounds": []}
+            if path.exists():
+                saved = json.loads(path.read_text("utf-8"))
             self.key, self.rounds = bytes.fromhex(saved["key"]), set(saved["rounds"])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is damaged; begin a new run") from None

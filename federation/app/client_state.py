@@ -36,7 +36,7 @@ class ClientState:
 
     @property
     def ledger(self) -> Path:
-        """The file of what dp=local needs; see client_privacy.py. It is not of a round: a reply cannot be taken back."""
+        """The file of what dp=local needs (see client_privacy.py). It is of no round: a reply cannot be taken back."""
         return self.folder / f"client-{self.position}-privacy.json"
 
     def load(self, server_round: int) -> Records:

@@ -13,6 +13,8 @@ from statistics import NormalDist
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+from federation.app.config import SettingError
+
 KEY_SIZE = 32  # bytes
 CLIPPED = ("float32", "float64")  # the dtypes of entries that Flower clips and adds noise to
 
@@ -40,23 +42,23 @@ def secret_noise(key: bytes, server_round: int, models: list[ArrayRecord]) -> It
 
 
 def check_entries(arrays: ArrayRecord) -> None:
-    """Raise ValueError where a model has an entry that Flower would send without clipping, or could not clip."""
+    """Raise SettingError where a model has an entry that Flower would send without clipping, or could not clip."""
     for name, array in arrays.items():
         if array.dtype not in CLIPPED or not array.shape:
             held = array.dtype if array.shape else f"a single {array.dtype}"
-            raise ValueError(f"dp cannot clip {name}, which holds {held}: only arrays of float32 or float64 can be "
+            raise SettingError(f"dp cannot clip {name}, which holds {held}: only arrays of float32 or float64 can be "
                              f"clipped; personal={name!r} keeps it with each client")  # fmt: skip
 
 
 def moved(after: ArrayRecord, before: ArrayRecord) -> ArrayRecord:
-    """Return the model `after`, changed by one rounding error if it equals `before`: Flower divides by the distance."""
+    """Return the model `after`, changed by a rounding error if it is where `before` was: Flower divides by the way."""
     values = {name: array.numpy() for name, array in after.items()}
-    if any(np.linalg.norm(np.ravel(value - before[name].numpy())) for name, value in values.items()):
+    if sum(np.linalg.norm(np.ravel(value - before[name].numpy())) ** 2 for name, value in values.items()):
         return after
     largest = max(values, key=lambda name: float(np.abs(values[name]).max(initial=0)))
     changed = values[largest].copy()
     at = np.unravel_index(np.abs(changed).argmax(), changed.shape)
-    changed[at] = np.nextafter(changed[at], np.inf) if changed[at] else 1e-15
+    changed[at] += max(np.spacing(np.abs(changed[at])), 1e-15)  # the square of which is still a float32
     return ArrayRecord({**after, largest: Array(changed)})
 
 

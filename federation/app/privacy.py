@@ -29,7 +29,7 @@ from federation.app.console import one_line
 from federation.app.noise import check_entries, moved, new_key, secret_noise
 
 RECORD = "privacy"  # of a checkpoint
-CLIP_RATE = 0.2  # of the adaptive norm, in the exponent (Andrew et al. 2021, section 3.1)
+CLIP_RATE = 0.2  # of the adaptive norm, in the exponent: Flower's default
 LOWEST = 6.0  # the count of clipped updates may fall below 0 by so many standard deviations of its noise: once in 1e9
 NORM_BIT = "norm_bit"  # as Flower calls a client's report of whether its update was clipped
 
@@ -107,7 +107,7 @@ class Private(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Send the model. Raises ValueError where it has entries that cannot be clipped."""
+        """Send the model. Raises SettingError where it has entries that cannot be clipped."""
         check_entries(arrays)
         self.arrays, self.wrapper = arrays, self.wrapped()
         messages: Iterable[Message] = self.wrapper.configure_train(server_round, arrays, config, grid)
@@ -204,8 +204,8 @@ class Adaptive(Private):
             self.config.dp_target_epsilon,
         )
         if most and self.accountant.would_exceed(event, most):
-            raise RuntimeError(f"round {server_round}: the clipping norm has fallen so far that dp-target-epsilon={most:g} "
-                               "would be exceeded; its model is dropped")  # fmt: skip
+            raise RuntimeError(f"round {server_round}: the clipping norm has fallen so far that "
+                               f"dp-target-epsilon={most:g} would be exceeded; its model is dropped")  # fmt: skip
         self.accountant.compose(event)
         self.clipping_norm = self.wrapper.clipping_norm
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from federation.app import metrics, weights
 from federation.app.config import RunConfig, SettingError, validate
+from federation.app.noise import check_entries
 from federation.app.partition import BY_GROUP, check_enough, split_data
 from federation.app.run_folder import write_atomically
 from federation.app.samples import count
@@ -68,7 +69,9 @@ def check_federated(config: RunConfig, net: Any) -> None:
         raise SettingError(f"strategy={config.strategy} changes gradients by hooks, which a {framework.model} does not "
                            "have: only PyTorch models have them")  # fmt: skip
     try:
-        weights.split(weights.from_net(net), config.personal)
+        shared, _ = weights.split(weights.from_net(net), config.personal)
+        if config.dp != "none":
+            check_entries(shared)
     except ValueError as error:
         raise SettingError(str(error)) from None
 

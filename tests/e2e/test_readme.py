@@ -31,7 +31,7 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "make install EXTRAS=dev,jax,keras,sklearn,lightning,text,dp",
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
-    'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
+    'pip install ".[jax]"', 'pip install ".[keras]"', 'pip install ".[dp]"',  # by .ci/run, as extras of make install
     "python -m federation.compare --quick",  # by test_compare
     "python -m federation.compare --quick --strategies scaffold",  # likewise
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
@@ -260,6 +260,19 @@ def test_topologies_and_uploads(terminals: Terminals, checkout: Path) -> None:
     assert server.wait(400) == 0, server.text
     small = metrics(checkout / "runs" / "federated")["rounds"]
     assert 0.2 < small[1]["bytes_up"] / ring[1]["bytes_up"] < 0.3 and "consensus" not in small[1]
+
+
+@pytest.mark.slow
+def test_privacy(terminals: Terminals, checkout: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    put_in_its_usual_place(checkout / "DIR", terminals)
+    command = "python server.py --simulate 10 --run-config \"dp='server-fixed' dp-noise-multiplier=2.0 dp-target-epsilon=3.5\""  # noqa: E501
+    server = terminals.shell(command, checkout)
+    assert server.wait(400) == 0, server.text
+    run = metrics(checkout / "runs" / "federated")
+    assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 10, 10]
+    assert run["rounds"][2]["epsilon"] < 3.5 < run["rounds"][2]["epsilon_next"]
+    assert "ended after round 2: another one could spend epsilon" in server.text
 
 
 @pytest.mark.slow
