@@ -22,6 +22,7 @@ from federation.app.client_state import forget, last_trained
 from federation.app.config import RunConfig
 from federation.app.console import MARK, one_line, print_to_user
 from federation.app.partition import Rows
+from federation.app.privacy import note_local
 from federation.app.roster import Past
 from federation.app.run_folder import lock_run_folder, write_atomically
 
@@ -94,9 +95,20 @@ class Report:
         )
 
     def remaining_rounds(self) -> Iterator[int]:
-        """Yield the number of each round that is still to be played. With `patience`, the last may come early."""
-        while self.next_round <= self.config.num_server_rounds and not self._is_out_of_patience():
+        """Yield the number of each round to be played; `patience` and `dp-target-epsilon` may end that early."""
+        while self.next_round <= self.config.num_server_rounds and not self._is_at_its_end():
             yield self.next_round
+
+    def _is_at_its_end(self) -> bool:
+        return self._is_out_of_patience() or self._has_spent_its_epsilon()
+
+    def _has_spent_its_epsilon(self) -> bool:
+        target, last = self.config.dp_target_epsilon, (self.metrics["rounds"] or [{}])[-1]
+        if not target or (last.get("epsilon_next") or 0) <= target:
+            return False
+        print_to_user(f"ended after round {last['round']}: another one could spend epsilon {last['epsilon_next']:.4g} "
+                      f"(dp-target-epsilon={target:g})")  # fmt: skip
+        return True
 
     def _is_out_of_patience(self) -> bool:
         best, patience = self.metrics["best"], self.config.patience
@@ -127,6 +139,8 @@ class Report:
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         seconds -= numbers.get("waiting_seconds", 0.0)
         row = self._empty_row(numbers) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
+        if self.config.dp == "local":
+            note_local(self.config, self.metrics["rounds"], row)
         self.metrics["rounds"].append(row)
         self.metrics["clients"] = dict(places)
         self.arrays = arrays
@@ -163,6 +177,7 @@ class Report:
         """Return a row in which each metric that is known is None."""
         own = [f"{side}_{name}" for name in self._own_metrics(numbers) for side in ("clients", "server")]
         apart = ["consensus"] if self.config.topology != "star" else []
+        apart += ["epsilon", "epsilon_next"] if self.config.dp != "none" else []
         return dict.fromkeys([*KEYS, *own, *apart])
 
     def _own_metrics(self, numbers: Mapping[str, Any]) -> list[str]:
@@ -248,7 +263,7 @@ def _columns(own: list[str]) -> list[tuple[str, str, str]]:
         ("round", "round", "d"), ("train loss", "train_loss", ".4f"), ("clients' loss", "clients_loss", ".4f"),
         *((name, f"clients_{name.strip()}", ".4f") for name in own),
         ("server's loss", "server_loss", ".4f"), *((f" {name}", f"server_{name.strip()}", ".4f") for name in own),
-        ("consensus", "consensus", ".4f"),
+        ("consensus", "consensus", ".4f"), ("epsilon", "epsilon", ".3f"),
         ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
     ]  # fmt: skip
 

@@ -19,6 +19,7 @@ from federation.app import metrics
 from federation.app.config import RunConfig, SettingError, parse
 from federation.app.console import one_line
 from federation.app.gossip import Gossip
+from federation.app.privacy import RECORD, Private, protect
 from federation.app.scaffold import Scaffold
 from federation.app.task import add_task_folders
 from federation.app.weights import restore_dtypes
@@ -93,9 +94,12 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
     """
     row = find(config.strategy) if config.topology == "star" else GOSSIP
     _check_enough(config)
+    state = dict(state)
+    private = state.pop(RECORD, None)
+    number = config.clients_asked if config.central_dp else config.clients_per_round
     sampling: dict[str, Any] = {
-        "fraction_train": 1e-9 if config.clients_per_round else config.fraction_train,
-        "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": config.clients_per_round or 1,
+        "fraction_train": 1e-9 if number else config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": number or 1,
         "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
     parameters = inspect.signature(row.make).parameters
@@ -111,7 +115,7 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
         attribute, _, kind = name.partition(" ")
         values = {key: array.numpy() for key, array in saved.items()}
         setattr(strategy, attribute, [*values.values()] if kind == "list" else values)
-    return strategy
+    return protect(strategy, config, private)
 
 
 def find(name: str) -> Row:
@@ -148,12 +152,12 @@ def arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def least_models(config: RunConfig) -> int:
-    """Return how many models the strategy needs to make a new one."""
-    return find(config.strategy).least(arguments(config))
+    """Return how many models the strategy needs to make a new one; with noise, it is meant for all that are asked."""
+    return config.clients_asked if config.central_dp else find(config.strategy).least(arguments(config))
 
 
 def _check_enough(config: RunConfig) -> None:
-    trained = config.clients_per_round or max(1, int(config.num_clients * config.fraction_train))
+    trained = config.clients_asked
     if (least := least_models(config)) > trained:
         how = f" with {config.strategy_arguments}" * bool(config.strategy_arguments)
         raise SettingError(f"strategy={config.strategy}{how} needs {least} clients in a round, and there are {trained}")
@@ -161,6 +165,8 @@ def _check_enough(config: RunConfig) -> None:
 
 def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
     """Return what the next round depends on, besides the global model."""
+    if isinstance(strategy, Private):
+        return strategy_state(strategy.strategy) | {RECORD: strategy.to_record()}
     records = {}
     for name in _row_of(strategy).state:
         if (held := getattr(strategy, name, None)) is not None:
@@ -192,6 +198,7 @@ def aggregate_train(
     results: dict[str, Any] = {f"train_{name}": averaged[f"train-{name}"] for name in metrics.names(trained)}
     results |= {"clients": len(replies), "samples": trained["samples"], "trained": trained}
     results |= {name: averaged[name] for name in REPORTED if name in averaged}
+    results |= strategy.spent() if isinstance(strategy, Private) else {}
     return arrays, results | {"client_seconds": max(trained["seconds"])}
 
 

@@ -247,6 +247,20 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
 
 
 @pytest.mark.slow
+def test_topologies_and_uploads(terminals: Terminals, checkout: Path) -> None:
+    put_in_its_usual_place(checkout / "DIR", terminals)
+    server = terminals.shell("python server.py --simulate 4 --run-config \"topology='ring'\"", checkout)
+    assert server.wait(400) == 0, server.text
+    ring = metrics(checkout / "runs" / "federated")["rounds"]
+    assert "consensus" in server.text and all(row["consensus"] > 0 for row in ring[1:])
+    command = "python server.py --simulate 4 --run-config \"upload='delta' compression='int8'\""
+    server = terminals.shell(command, checkout)
+    assert server.wait(400) == 0, server.text
+    small = metrics(checkout / "runs" / "federated")["rounds"]
+    assert 0.2 < small[1]["bytes_up"] / ring[1]["bytes_up"] < 0.3 and "consensus" not in small[1]
+
+
+@pytest.mark.slow
 def test_the_ladder_takes_any_task(terminals: Terminals, checkout: Path) -> None:
     command = "python -m pytest tests/evidence/test_ladder.py --task benchmarks.niid_bench --data embedded -rs"
     ladder = terminals.shell(command, checkout)
