@@ -26,8 +26,10 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 import client
-from benchmarks.in_process import FOLDER, Settings, load_cells, play, save_cells
+from benchmarks.in_process import FOLDER, load_cells, play, save_cells
+from federation.app import membership
 from federation.app.client_state import keep_state
+from federation.app.config import Settings
 from federation.app.job import order_of
 from federation.app.mods import explain, play_clients
 from federation.app.packing import packed_replies
@@ -82,14 +84,15 @@ def attacked_app(attack: str) -> ClientApp:
     app = ClientApp(mods=[packed_replies, play_clients, explain, mislead, keep_state])
     app.train()(client.train)
     app.evaluate()(client.evaluate)
-    app.query("join")(client.membership.join)
-    app.query("leave")(client.membership.leave)
+    app.query("join")(membership.join)
+    app.query("leave")(membership.leave)
     return app
 
 
 def forged(message: Message, reply: Message, attack: str) -> ArrayRecord:
     """Return what a hostile client sends instead of the model that it has trained. All entries have to be real."""
-    order, sent, trained = order_of(message), message.content["arrays"], reply.content["arrays"]
+    order = order_of(message)
+    sent, trained = (one.content.array_records["arrays"] for one in (message, reply))
     random = np.random.default_rng([order["server-round"], order["position"]])
     pairs = {name: (sent[name].numpy(), array.numpy()) for name, array in trained.items()}
     return ArrayRecord({name: Array(FORGED[attack](x, y, random).astype(y.dtype)) for name, (x, y) in pairs.items()})

@@ -17,7 +17,8 @@ from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.in_process import FOLDER, Settings, load_cells, play, save_cells
+from benchmarks.in_process import FOLDER, load_cells, play, save_cells
+from federation.app.config import Settings
 
 SETTINGS: dict[str, Settings] = {
     "10 of 10 clients": {"num-clients": 10, "num-server-rounds": 15},
