@@ -22,7 +22,7 @@ from federation.app.client_privacy import Ledger, local_mod
 from federation.app.config import SettingError, validate
 from federation.app.noise import KEY_SIZE, check_entries, gaussian_deviation, moved, secret_noise
 from federation.app.privacy import CLIP_RATE, Adaptive, Private
-from federation.app.strategy import aggregate_train, check_strategy, make_strategy, strategy_state
+from federation.app.strategy import aggregate_train, make_strategy, strategy_state
 from federation.launch.prepare import check_federated
 from tests.in_memory import InMemoryGrid
 from tests.tasks import TINY
@@ -129,8 +129,8 @@ def test_the_first_round_must_not_spend_too_much(dp: str) -> None:
     first = private(dp).epsilon_next()
     assert first == pytest.approx(4.7285, abs=1e-3) if "fixed" in dp else 4.8 < first < 10
     with pytest.raises(SettingError, match=rf"dp-target-epsilon=4 .*one round.* epsilon {first:.4g}"):
-        check_strategy(validate(PLAIN | {"dp": dp, "dp-target-epsilon": 4.0}))
-    check_strategy(validate(PLAIN | {"dp": dp, "dp-target-epsilon": first + 0.01}))
+        make_strategy(validate(PLAIN | {"dp": dp, "dp-target-epsilon": 4.0}), {})
+    make_strategy(validate(PLAIN | {"dp": dp, "dp-target-epsilon": first + 0.01}), {})
 
 
 @central
@@ -147,7 +147,7 @@ def test_a_model_that_would_exceed_the_target_is_dropped() -> None:
 def test_without_the_package_one_line_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(SettingError, match=r"^dp=server-fixed needs .*pip install '\.\[dp\]'$"):
-        check_strategy(validate(PLAIN | {"dp": "server-fixed"}))
+        make_strategy(validate(PLAIN | {"dp": "server-fixed"}), {})
 
 
 # ------------------------------------------------------------------------------------------------- clipping, the mean
