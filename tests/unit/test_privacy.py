@@ -128,7 +128,7 @@ def test_the_noise_multiplier_is_that_of_an_adaptive_round_whose_norm_stays(aske
 def test_the_first_round_must_not_spend_too_much(dp: str) -> None:
     first = private(dp).epsilon_next()
     assert first == pytest.approx(4.7285, abs=1e-3) if "fixed" in dp else 4.8 < first < 10
-    with pytest.raises(SettingError, match=rf"dp-target-epsilon=4 .*one round.* epsilon {first:.4g}"):
+    with pytest.raises(SettingError, match=rf"dp-target-epsilon=4 .*first round can.* epsilon {first:.4g}"):
         check_strategy(validate(PLAIN | {"dp": dp, "dp-target-epsilon": 4.0}))
     check_strategy(validate(PLAIN | {"dp": dp, "dp-target-epsilon": first + 0.01}))
 
@@ -312,8 +312,8 @@ def local_reply(folder: Path, position: int = 0, server_round: int = 1, **change
 def test_a_local_reply_is_clipped_and_its_noise_is_secret(tmp_path: Path) -> None:
     first, message = local_reply(tmp_path)
     shift, deviation = 0.5 / math.sqrt(20_000), 2 * 0.5 * gaussian_deviation(10.0, 1e-5)
-    assert first.mean() == pytest.approx(shift, abs=4 * deviation / math.sqrt(20_000))
-    assert first.std() == pytest.approx(deviation, rel=0.02)
+    assert first.mean() == pytest.approx(shift, abs=6 * deviation / math.sqrt(20_000))
+    assert first.std() == pytest.approx(deviation, rel=0.03)
     assert set(message.content) == {"arrays", "metrics"}
     np.random.seed(0)
     known = np.random.normal(0, deviation, 20_000)  # what whoever knows the seed of training can draw
@@ -394,6 +394,16 @@ def test_a_resumed_run_draws_and_spends_the_same_and_another_does_not(dp: str, t
         assert run(tmp_path / "b", dp)["final_weights_sha256"] != whole["final_weights_sha256"]
     if dp == "local":
         assert spent[1:] == [10, 20, 30] and whole["rounds"][2]["trained"]["epsilon"] == [20] * 4
+
+
+@central
+def test_a_first_round_that_is_played_again_makes_the_same_model(tmp_path: Path) -> None:
+    whole = run(tmp_path, "server-fixed", rounds=1)
+    (tmp_path / "checkpoint-1.npz").unlink()  # as if killed when clients had seen the model, and it was not saved yet
+    assert run(tmp_path, "server-fixed", rounds=1, resume=True)["final_weights_sha256"] == whole["final_weights_sha256"]
+    (tmp_path / "checkpoint-1.npz").unlink()
+    with pytest.raises(SettingError, match=r"dp-target-epsilon=2 is less than the first round"):
+        run(tmp_path, "server-fixed", rounds=1, resume=True, dp_target_epsilon=2.0)
 
 
 @central
