@@ -22,6 +22,7 @@ from federation.app.client_privacy import Ledger, local_mod
 from federation.app.config import SettingError, validate
 from federation.app.noise import KEY_SIZE, check_entries, gaussian_deviation, moved, secret_noise
 from federation.app.privacy import CLIP_RATE, Adaptive, Private
+from federation.app.report import Report
 from federation.app.strategy import aggregate_train, check_strategy, make_strategy, strategy_state
 from federation.launch.prepare import check_federated
 from tests.in_memory import InMemoryGrid
@@ -362,7 +363,9 @@ def _task(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "tiny_private.py").write_text(TINY)
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     sys.path.insert(0, str(folder))
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Report, "draw", lambda self: None)  # it takes longer than all rounds
+        yield
     sys.path.remove(str(folder))
     sys.modules.pop("tiny_private", None)
     logging.getLogger("flwr").setLevel(logging.INFO)
