@@ -327,7 +327,7 @@ def test_a_local_reply_is_clipped_and_its_noise_is_secret(tmp_path: Path) -> Non
 def test_a_client_counts_the_rounds_that_it_has_replied_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for server_round in (1, 2, 2, 5):
         local_reply(tmp_path, server_round=server_round)
-    assert "round 5: 3 replies have spent epsilon 30 and delta 3e-05" in capsys.readouterr().out
+    assert "round 5: spent so far: epsilon 30, delta 3e-05" in capsys.readouterr().out
     (path,) = (tmp_path / "ab12").iterdir()
     assert path.name == "client-0-privacy.json" and json.loads(path.read_text())["rounds"] == [1, 2, 5]
     assert sys.platform == "win32" or path.stat().st_mode & 0o077 == 0
