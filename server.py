@@ -36,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
 
     with roster.session(meanwhile=report.draw), report.marking_failure():
         if report.next_round == 0:
-            report.round(arrays, {}, roster.places, **model.test(arrays))
+            report.round(arrays, strategy_state(strategy), roster.places, **model.test(arrays))
         roster.wait_for(config.num_clients)
         report.partitions(roster.held_partitions(), model.data)
         for server_round in report.remaining_rounds():

@@ -16,6 +16,7 @@ that of 10,000 other images of the training set: 0 for an attack that guesses, 1
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -120,17 +121,22 @@ def run(multiplier: float, seed: int, out: Path, root: str) -> dict[str, Any]:
 
 def shown(results: dict[str, Any]) -> str:
     """Return the table: a row for each noise multiplier, with means and standard deviations over the seeds."""
-    lines = [
-        "| noise multiplier | ε | accuracy, test set | accuracy, members | advantage | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["noise multiplier", "ε", "accuracy, test set", "accuracy, members", "advantage", "at most", "seeds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for multiplier in MULTIPLIERS:
         cells = [cell for key, cell in results.items() if key.startswith(f"{multiplier} ")]
         if cells:
             spread = [_spread([cell[name] for cell in cells]) for name in ("accuracy", "members", "advantage")]
-            epsilon = f"{cells[0]['epsilon']:.3g}" if multiplier else "no bound"
-            lines.append(f"| {multiplier or 'none'} | {epsilon} | {' | '.join(spread)} | {len(cells)} |")
+            epsilon, most = cells[0]["epsilon"], _most(cells[0]["epsilon"])
+            named = [multiplier or "none", "-" if epsilon is None else f"{epsilon:.3g}"]
+            row = [*named, *spread, f"{most:.2f}", len(cells)]
+            lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
+
+
+def _most(epsilon: float | None, delta: float = 1e-5) -> float:
+    """Return the largest advantage that any attack can have (from Kairouz et al. 2015, theorem 2.1)."""
+    return 1.0 if epsilon is None else min(1.0, 1 - 2 * (1 - delta) / (1 + math.exp(epsilon)))
 
 
 def _spread(values: list[float]) -> str:

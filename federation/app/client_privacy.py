@@ -49,8 +49,8 @@ def _with_noise(message: Message, context: Context, reply: Message, order: dict[
     with secret_noise(ledger.key, server_round, [reply.content.array_records["arrays"]]):
         noisy = local_mod(config)(message, context, lambda *_: reply)
     replies = ledger.add(server_round)
-    print_to_user(f"round {server_round}: {replies} replies have spent epsilon {replies * config.dp_epsilon:g} "
-                  f"and delta {replies * config.dp_delta:g}")  # fmt: skip
+    spent = f"epsilon {replies * config.dp_epsilon:g}, delta {replies * config.dp_delta:g}"
+    print_to_user(f"round {server_round}: spent so far: {spent}")
     return noisy
 
 

@@ -67,8 +67,9 @@ class Private(Strategy):
         if saved:
             self.key, self.clipping_norm = saved["key"].numpy().tobytes(), float(saved["clipping-norm"].numpy()[0])
             self.accountant.load_state_dict(json.loads(saved["accountant"].numpy().tobytes()))
-        elif 0 < config.dp_target_epsilon < (first := self.epsilon_next()):
-            raise SettingError(f"dp-target-epsilon={config.dp_target_epsilon:g} is less than one round spends with "
+        first, most = self.epsilon_next(), config.dp_target_epsilon
+        if not self.accountant.num_releases and 0 < most < first:
+            raise SettingError(f"dp-target-epsilon={most:g} is less than the first round can spend with "
                                f"dp-noise-multiplier={config.dp_noise_multiplier:g}: epsilon {first:.4g}")  # fmt: skip
 
     def to_record(self) -> ArrayRecord:
