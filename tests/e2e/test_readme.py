@@ -31,7 +31,8 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
-    "python -m federation.compare --quick",  # by test_compare
+    "python -m federation.compare --quick", "python -m federation.compare --quick --strategies scaffold",
+    # by test_compare
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
     "federate check my_script", "federate server --task my_script",  # by test_installed, with the task that it installs
     "federate new my_task.py", "federate new my_task.py --from train.py",  # by test_new
