@@ -1,6 +1,6 @@
 """Measure what differential privacy costs, and what it protects: accuracy and membership inference against epsilon.
 
-    python benchmarks/privacy.py                 # a quarter of an hour on one core; see --help
+    python benchmarks/privacy.py                 # about 20 minutes on one core; see --help
     python benchmarks/privacy.py --table         # only print the table of what has been measured
 
 300 clients hold two images of CIFAR-10 each, and all of them train in every one of 20 rounds. The model is a linear
