@@ -1,6 +1,6 @@
 """Whole runs in one process, for studies of many: the real server and client code, without an engine between them.
 
-A round then takes as long as its training. The weights are those of `python server.py` with the same settings.
+A round then takes little longer than its training, on one thread.
 """
 
 import io
@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,15 @@ FOLDER = Path("runs/benchmarks")  # for the results
 def play(config: Settings, app: ClientApp = client.app) -> dict[str, Any]:
     """Run the federation of `config` in a temporary run folder, and return its metrics.json.
 
-    One node with `app` plays all clients. A run that fails is of the status "failed", with the rounds that it finished.
+    One node with `app` plays all clients. A run that fails, because its model is not finite or because too few of the
+    clients' models are good, is of the status "failed", with the rounds that it finished.
     """
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder, in_a_run():
         own = {**config, "out": folder}
         grid = InMemoryGrid(own, {1: {"partition-id": 0, "num-partitions": 1}}, app=app)
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            try:
-                server.main(grid, Context(1, 0, {}, RecordDict(), own))
-            except RuntimeError:  # such as a model that is not finite, or too few good ones
-                pass
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(RuntimeError):
+            server.main(grid, Context(1, 0, {}, RecordDict(), own))
         return dict(json.loads(Path(folder, "metrics.json").read_text("utf-8")))
 
 

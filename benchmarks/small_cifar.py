@@ -6,7 +6,8 @@ training and the test are those of cifar.py: `python server.py --task benchmarks
 
 import functools
 
-from cifar import Data, Net, find_data, test, train
+from cifar import Net, test, train
+from cifar_data import Data, find_data
 from cifar_data import load_data as load_all
 
 __all__ = ["Net", "find_data", "load_data", "test", "train"]
