@@ -10,14 +10,14 @@ own `train` and `test`, with the global model and with the samples of this clien
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from federation.app import hide_tensorflow, membership
+from federation.app import client_privacy, hide_tensorflow, membership
 from federation.app.client_state import keep_state
 from federation.app.job import Job
 from federation.app.mods import explain, play_clients
 from federation.app.packing import packed_replies
 from federation.app.upload import send_changes
 
-app = ClientApp(mods=[packed_replies, play_clients, explain, keep_state, send_changes])
+app = ClientApp(mods=[packed_replies, play_clients, explain, keep_state, send_changes, client_privacy.protect])
 app.query("join")(membership.join)
 app.query("leave")(membership.leave)
 hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them

@@ -15,6 +15,7 @@ def compare(
     clients: Annotated[int | None, Option(metavar="N", help="(default: 10)")] = None,
     rounds: Annotated[int | None, Option(metavar="N", help="(default: 6)")] = None,
     run_config: Annotated[str, Option(metavar="'KEY=VALUE …'", help="any keys, as for server")] = "",
+    strategies: Annotated[str, Option(metavar="'NAME, …'", help="further ones, each a row: 'fedprox, scaffold'")] = "",
     seeds: Annotated[int | None, Option(metavar="N", help="how often, with another seed each (default: 3)")] = None,
     out: Annotated[str | None, Option(metavar="DIR", help="for compare.json, .png (default: runs/compare)")] = None,
     quick: Annotated[bool, Option("--quick", help="embedded data, 2 clients, 2 rounds, 1 seed, no gap")] = False,
@@ -26,6 +27,7 @@ def compare(
     \b
     federate compare --data DIR
     federate compare --quick          a taste of it, in about two minutes
+    federate compare --strategies "fedprox proximal_mu=0.1, scaffold"
     """
     if seeds is not None and seeds < 1:
         raise click.UsageError(f"--seeds {seeds}: 1 or more is needed")
@@ -36,7 +38,8 @@ def compare(
     with misuse():
         given = {key: value for key, value in keys.items() if value is not None} | parse(run_config)
         config = validate((tool.QUICK if quick else tool.FULL) | given)
-    return tool.compare(config, seeds or (1 if quick else 3), quick)
+        further = tool.read_strategies(config, strategies)
+    return tool.compare(config, seeds or (1 if quick else 3), quick, further)
 
 
 if __name__ == "__main__":

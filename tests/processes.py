@@ -17,7 +17,7 @@ from federation.app.console import FOLDER
 from tests.conftest import Terminal, Terminals, eventually
 from tests.in_memory import InMemoryGrid
 
-SETTINGS: Settings = {"num-server-rounds": 3, "seed": 3, "partitioner": "size-skewed", "server-learning-rate": 0.01}
+SETTINGS: Settings = {"num-server-rounds": 3, "seed": 3, "partitioner": "size-skewed"}
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class ClientGrid(Grid):
         Raises RuntimeError after `retries`.
         """
         for attempt in range(self.config.retries + 1):
-            self.roster.wait_for(max(self.config.min_clients, self.config.clients_per_round))
+            self.roster.wait_for(max(self.config.min_clients, self.config.clients_per_round, self.least))
             seed_sampling(self.config.seed, server_round, attempt)
             questions = self._questions(strategy.configure_train, server_round, arrays)
             replies = self.send_and_receive(questions)

@@ -6,16 +6,19 @@ emptied after. A file is of one round: a run that is resumed finds the state tha
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable
 
 from federation.app.archive import Records, read_archive, write_archive
-from federation.app.config import validate
+from federation.app.config import RunConfig, validate
 from federation.app.console import one_line
 from federation.app.job import order_of
 
+FOLDER = "client-state"  # in the run folder of a simulation
 KEPT = 3  # rounds: a server that resumes from the older one of its two checkpoints asks for the last but two
 
 
@@ -30,6 +33,11 @@ class ClientState:
 
     def path(self, server_round: int) -> Path:
         return self.folder / f"client-{self.position}-round-{server_round}.npz"
+
+    @property
+    def ledger(self) -> Path:
+        """The file of what dp=local needs (see client_privacy.py). It is of no round: a reply cannot be taken back."""
+        return self.folder / f"client-{self.position}-privacy.json"
 
     def load(self, server_round: int) -> Records:
         """Return what the client has kept of a round. Raises ValueError if that is missing or damaged."""
@@ -53,14 +61,37 @@ class ClientState:
             rounds[number].unlink(missing_ok=True)
 
 
+def forget(folder: Path) -> None:
+    """Remove what the clients of earlier simulations with this run folder have kept."""
+    for path in (folder / FOLDER).glob("*/client-*"):
+        path.unlink(missing_ok=True)
+
+
+def check_kept(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Raise ValueError where a simulation that is to be resumed lacks what its clients have kept."""
+    for client, last in last_trained(metrics["rounds"]).items():
+        ClientState(folder / FOLDER, metrics["run"], client).load(last)
+
+
+def last_trained(rounds: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Return the last round in which each client has trained, of the rounds in metrics.json."""
+    trained = [(row["round"], (row["trained"] or {}).get("client", ())) for row in rounds]
+    return {client: number for number, clients in trained for client in clients}
+
+
+def state_of(context: Context, config: RunConfig, order: Mapping[str, Any]) -> ClientState:
+    """Return the files of the client that a message orders something of."""
+    folder = Path(str(context.node_config.get("state") or Path.home() / config.out / FOLDER))
+    return ClientState(folder, order["run"], order["position"])
+
+
 def keep_state(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Give a ClientApp (as a mod of it) the client's state in its Context, and keep what it leaves there."""
     config, training = validate(context.run_config), message.metadata.message_type == MessageType.TRAIN
     if not config.keeps_state or not (training or message.metadata.message_type == MessageType.EVALUATE):
         return call_next(message, context)
     order = order_of(message)
-    folder = Path(str(context.node_config.get("state") or Path.home() / config.out / "clients"))
-    state = ClientState(folder, order["run"], order["position"])
+    state = state_of(context, config, order)
     context.state.clear()
     if order["kept"]:
         context.state.update(state.load(order["kept"]))

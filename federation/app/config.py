@@ -109,7 +109,17 @@ class RunConfig(BaseModel):
     @property
     def keeps_state(self) -> bool:
         """Whether a client keeps something of one round for the next."""
-        return bool(self.personal or self.strategy == "scaffold" or self.compression == "top-k" or self.dp == "local")
+        return bool(self.personal or self.strategy == "scaffold" or self.compression == "top-k")
+
+    @property
+    def central_dp(self) -> bool:
+        """Whether the server adds noise to the mean of the clients' models."""
+        return self.dp not in ("none", "local")
+
+    @property
+    def clients_asked(self) -> int:
+        """How many clients a round asks to train, where all `num-clients` are present."""
+        return self.clients_per_round or max(1, int(self.num_clients * self.fraction_train))
 
     def rate_in(self, server_round: int) -> float:
         """Return the clients' learning rate in a round, counted from 1; 0 leaves that to the task.

@@ -27,10 +27,7 @@ def proximal(net: Any, mu: float) -> Iterator[None]:
 
     This is the proximal term of FedProx (Li et al. 2020, equation 2).
     """
-    handles = []
-    for parameter in parameters(net).values():
-        start = parameter.detach().clone()
-        handles.append(parameter.register_hook(_pull(parameter, start, mu)))
+    handles = [parameter.register_hook(_pull(parameter, mu)) for parameter in parameters(net).values()]
     try:
         yield
     finally:
@@ -38,8 +35,15 @@ def proximal(net: Any, mu: float) -> Iterator[None]:
             handle.remove()
 
 
-def _pull(parameter: Any, start: Any, mu: float) -> Any:
-    return lambda gradient: gradient + mu * (parameter.detach() - start.to(gradient.device))
+def _pull(parameter: Any, mu: float) -> Any:
+    start = parameter.detach().clone()
+
+    def hook(gradient: Any) -> Any:
+        nonlocal start
+        start = start.to(gradient.device)  # train() may have moved the net to a GPU since
+        return gradient + mu * (parameter.detach() - start)
+
+    return hook
 
 
 class ControlVariates:

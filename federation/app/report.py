@@ -18,9 +18,11 @@ from flwr.app import ArrayRecord
 from federation.app import metrics, samples, weights
 from federation.app.archive import Records
 from federation.app.checkpoint import check_same, checkpoints, load_checkpoint, save_checkpoint
+from federation.app.client_state import forget, last_trained
 from federation.app.config import RunConfig
 from federation.app.console import MARK, one_line, print_to_user
 from federation.app.partition import Rows
+from federation.app.privacy import note_local
 from federation.app.roster import Past
 from federation.app.run_folder import lock_run_folder, write_atomically
 
@@ -62,12 +64,17 @@ class Report:
         }
         if config.resume:
             self._resume()
+        else:
+            forget(self.folder)
         self._write()
         if model.data:
             where = root or "its own data"
             print_to_user(f"{config.task} on {where}: {train:,} training and {test:,} test samples")
         else:
             print_to_user(f"{config.task}: initial weights from {Path(config.initial).name}, no data on the server")
+        if config.personal:
+            print_to_user(f"entries that match {config.personal!r} stay with the clients, which test their own models; "
+                          "the server tests, and saves, the model with the initial ones")  # fmt: skip
 
     def _resume(self) -> None:
         saved, records = load_checkpoint(self.folder)
@@ -82,15 +89,26 @@ class Report:
 
     def past(self) -> Past:
         """Return what is known of the run, when it begins or is resumed, before its clients join."""
-        trained = [(row["round"], (row["trained"] or {}).get("client", ())) for row in self.metrics["rounds"]]
-        last = {client: number for number, clients in trained for client in clients}
         partitions = len(self.metrics["partitions"].get("train", ()))
-        return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, last)
+        return Past(
+            self.metrics["run"], dict(self.metrics["clients"]), partitions, last_trained(self.metrics["rounds"])
+        )
 
     def remaining_rounds(self) -> Iterator[int]:
-        """Yield the number of each round that is still to be played. With `patience`, the last may come early."""
-        while self.next_round <= self.config.num_server_rounds and not self._is_out_of_patience():
+        """Yield the number of each round to be played; `patience` and `dp-target-epsilon` may end that early."""
+        while self.next_round <= self.config.num_server_rounds and not self._is_at_its_end():
             yield self.next_round
+
+    def _is_at_its_end(self) -> bool:
+        return self._is_out_of_patience() or self._has_spent_its_epsilon()
+
+    def _has_spent_its_epsilon(self) -> bool:
+        target, last = self.config.dp_target_epsilon, (self.metrics["rounds"] or [{}])[-1]
+        if not target or (last.get("epsilon_next") or 0) <= target:
+            return False
+        print_to_user(f"ended after round {last['round']}: another one could spend epsilon {last['epsilon_next']:.4g} "
+                      f"(dp-target-epsilon={target:g})")  # fmt: skip
+        return True
 
     def _is_out_of_patience(self) -> bool:
         best, patience = self.metrics["best"], self.config.patience
@@ -121,6 +139,8 @@ class Report:
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         seconds -= numbers.get("waiting_seconds", 0.0)
         row = self._empty_row(numbers) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
+        if self.config.dp == "local":
+            note_local(self.config, self.metrics["rounds"], row)
         self.metrics["rounds"].append(row)
         self.metrics["clients"] = dict(places)
         self.arrays = arrays
@@ -157,6 +177,7 @@ class Report:
         """Return a row in which each metric that is known is None."""
         own = [f"{side}_{name}" for name in self._own_metrics(numbers) for side in ("clients", "server")]
         apart = ["consensus"] if self.config.topology != "star" else []
+        apart += ["epsilon", "epsilon_next"] if self.config.dp != "none" else []
         return dict.fromkeys([*KEYS, *own, *apart])
 
     def _own_metrics(self, numbers: Mapping[str, Any]) -> list[str]:
@@ -242,7 +263,7 @@ def _columns(own: list[str]) -> list[tuple[str, str, str]]:
         ("round", "round", "d"), ("train loss", "train_loss", ".4f"), ("clients' loss", "clients_loss", ".4f"),
         *((name, f"clients_{name.strip()}", ".4f") for name in own),
         ("server's loss", "server_loss", ".4f"), *((f" {name}", f"server_{name.strip()}", ".4f") for name in own),
-        ("consensus", "consensus", ".4f"),
+        ("consensus", "consensus", ".4f"), ("epsilon", "epsilon", ".3f"),
         ("clients", "clients", "d"), ("seconds", "seconds", ".1f"), ("waiting", "waiting_seconds", ".1f"),
     ]  # fmt: skip
 

@@ -47,7 +47,7 @@ class Scaffold(FedAvg):
         models = [content.array_records["arrays"] for content in contents]
         changes = [content.array_records["variates"] for content in contents]
         for name, value in self.variates.items():
-            self.variates[name] = (value + _sum(name, changes) / self.num_clients).astype(value.dtype)
+            self.variates[name] = np.asarray(value + _sum(name, changes) / self.num_clients, value.dtype)
         means = {name: _sum(name, models) / len(models) for name in self.model}
         new = {name: old + self.server_learning_rate * (means[name] - old) for name, old in self.model.items()}
         metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)

@@ -19,6 +19,7 @@ from federation.app import metrics
 from federation.app.config import RunConfig, SettingError, parse
 from federation.app.console import one_line
 from federation.app.gossip import Gossip
+from federation.app.privacy import RECORD, Private, protect
 from federation.app.scaffold import Scaffold
 from federation.app.task import add_task_folders
 from federation.app.weights import restore_dtypes
@@ -88,17 +89,22 @@ def _bad(given: Arguments) -> int:
 def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strategy:
     """Return the strategy that `config` names, with the state that an earlier process has saved.
 
-    Raises SettingError where there is none of that name, or it cannot be made with its strategy-arguments.
+    Raises SettingError where there is none of that name, where it cannot be made with its strategy-arguments, or where
+    a round has too few clients for it.
     """
     row = find(config.strategy) if config.topology == "star" else GOSSIP
+    _check_enough(config)
+    state = dict(state)
+    private = state.pop(RECORD, None)
+    number = config.clients_asked if config.central_dp else config.clients_per_round
     sampling: dict[str, Any] = {
-        "fraction_train": 1e-9 if config.clients_per_round else config.fraction_train,
-        "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": config.clients_per_round or 1,
+        "fraction_train": 1e-9 if number else config.fraction_train,
+        "fraction_evaluate": config.fraction_evaluate, "min_train_nodes": number or 1,
         "min_evaluate_nodes": 1, "min_available_nodes": 1,
     }  # fmt: skip
-    takes = inspect.signature(row.make).parameters
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in takes.values())
-    sampling = {name: value for name, value in sampling.items() if takes_any or name in takes}
+    parameters = inspect.signature(row.make).parameters
+    passes_on = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    sampling = {name: value for name, value in sampling.items() if name in parameters or passes_on}
     try:
         strategy = row.make(**sampling, **row.given(config), **arguments(config))
     except (TypeError, ValueError) as error:
@@ -109,7 +115,7 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
         attribute, _, kind = name.partition(" ")
         values = {key: array.numpy() for key, array in saved.items()}
         setattr(strategy, attribute, [*values.values()] if kind == "list" else values)
-    return strategy
+    return protect(strategy, config, private)
 
 
 def find(name: str) -> Row:
@@ -138,21 +144,20 @@ def arguments(config: RunConfig) -> dict[str, Any]:
             known = ", ".join(row.limits) or "none"
             raise SettingError(f"strategy-arguments: {config.strategy} takes no {name}; what can be set: {known}")
         low, high = row.limits[name]
-        if type(value) not in (int, float):
+        kinds = (int,) if isinstance(high, int) else (int, float)
+        if type(value) not in kinds or not low <= value <= high:
             raise SettingError(f"strategy-arguments: {name}={value!r} is out of range: {low:g} to {high:g} is allowed")
     own = {name: one.default for name, one in inspect.signature(row.make).parameters.items() if name in row.limits}
     return {**own, **row.defaults, **given}
 
 
 def least_models(config: RunConfig) -> int:
-    """Return how many models the strategy needs to make a new one."""
-    return find(config.strategy).least(arguments(config))
+    """Return how many models the strategy needs to make a new one; with noise, it is meant for all that are asked."""
+    return config.clients_asked if config.central_dp else find(config.strategy).least(arguments(config))
 
 
-def check_strategy(config: RunConfig) -> None:
-    """Raise SettingError where a strategy cannot be made, or a round has too few clients for it."""
-    make_strategy(config, {})
-    trained = config.clients_per_round or max(1, int(config.num_clients * config.fraction_train))
+def _check_enough(config: RunConfig) -> None:
+    trained = config.clients_asked
     if (least := least_models(config)) > trained:
         how = f" with {config.strategy_arguments}" * bool(config.strategy_arguments)
         raise SettingError(f"strategy={config.strategy}{how} needs {least} clients in a round, and there are {trained}")
@@ -160,6 +165,8 @@ def check_strategy(config: RunConfig) -> None:
 
 def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
     """Return what the next round depends on, besides the global model."""
+    if isinstance(strategy, Private):
+        return strategy_state(strategy.strategy) | {RECORD: strategy.to_record()}
     records = {}
     for name in _row_of(strategy).state:
         if (held := getattr(strategy, name, None)) is not None:
@@ -182,6 +189,7 @@ def aggregate_train(
     Its entries keep the dtypes that they had `before`. Raises RuntimeError where one is not finite.
     """
     arrays, averaged = strategy.aggregate_train(server_round, replies)
+    vars(strategy).update(dict.fromkeys(_row_of(strategy).renewed))
     if arrays is None or averaged is None:
         raise RuntimeError(f"round {server_round}: {type(strategy).__name__} made no model of {len(replies)} good ones")
     arrays = ArrayRecord({**before, **restore_dtypes(before, arrays)})  # personal entries have no mean
@@ -190,6 +198,7 @@ def aggregate_train(
     results: dict[str, Any] = {f"train_{name}": averaged[f"train-{name}"] for name in metrics.names(trained)}
     results |= {"clients": len(replies), "samples": trained["samples"], "trained": trained}
     results |= {name: averaged[name] for name in REPORTED if name in averaged}
+    results |= strategy.spent() if isinstance(strategy, Private) else {}
     return arrays, results | {"client_seconds": max(trained["seconds"])}
 
 

@@ -194,11 +194,17 @@ def _federated(net: Any) -> Values:
 
 
 def split(arrays: ArrayRecord, personal: str) -> tuple[ArrayRecord, ArrayRecord]:
-    """Return the entries that all clients share, and those that match a pattern of `personal`, in a shell's syntax."""
+    """Return the entries that all clients share, and those that match a pattern of `personal`, in a shell's syntax.
+
+    Raises ValueError where there are patterns, and one of both would be empty.
+    """
     if not personal:
         return arrays, ArrayRecord()
     patterns = personal.replace(",", " ").split()
     own = {name for name in arrays if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    if not own or len(own) == len(arrays):
+        matched = "all entries" if own else "none of the entries"
+        raise ValueError(f"personal={personal!r} matches {matched} of the model: {', '.join(arrays):.300}")
     shared = {name: array for name, array in arrays.items() if name not in own}
     return ArrayRecord(shared), ArrayRecord({name: array for name, array in arrays.items() if name in own})
 

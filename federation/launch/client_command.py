@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Server = options("The server")
 Data = options("Data and partitions")
 Machine = options("This machine")
+STATE = "runs/client-state"
 
 
 def main() -> None:
@@ -29,6 +30,7 @@ def client(
     own_data: Annotated[bool, Data("--own-data", help="train on all of it, even if it is the server's")] = False,
     partition_id: Annotated[int | None, Data(metavar="I", help="take this partition (default: a free one)")] = None,
     num_partitions: Annotated[int | None, Data(metavar="N", help="of N")] = None,
+    state: Annotated[str, Data(metavar="DIR", help="where it keeps its state (default: runs/client-state)")] = STATE,
     clients: Annotated[int, Machine(metavar="N", help="play N clients (default: 1)")] = 1,
     threads: Annotated[int | None, Machine(metavar="N", help="(default: the cores, shared by the clients)")] = None,
 ) -> int:
@@ -85,4 +87,5 @@ def node_config(args: SimpleNamespace) -> "Settings":
     """Return what the ClientApp is told about this client."""
     names = ("clients", "own_data", "data", "partition_id", "num_partitions")
     values = {name.replace("_", "-"): getattr(args, name) for name in names}
+    values["state"] = str(Path(args.state).expanduser().absolute())
     return {key: value for key, value in values.items() if value is not None}

@@ -12,11 +12,12 @@ from typing import Any
 
 from federation.app import metrics, weights
 from federation.app.config import RunConfig, SettingError, validate
+from federation.app.noise import check_entries
 from federation.app.partition import BY_GROUP, check_enough, split_data
 from federation.app.run_folder import write_atomically
 from federation.app.samples import count
 from federation.app.sources import sources
-from federation.app.strategy import check_strategy, find
+from federation.app.strategy import find, make_strategy
 from federation.app.task import CONTRACT, find_data, load_task, locate_task, read_data, train_settings
 from federation.app.weights import read_model
 from federation.launch.fork_server import frameworks
@@ -31,7 +32,7 @@ def prepare(config: RunConfig) -> Iterator[dict[str, Any]]:
     By then, some of its imports have shown that do not before they happen, and `imports` are the modules of frameworks
     that clients will need. Raises ValueError where it cannot be federated.
     """
-    check_strategy(config)
+    make_strategy(config, {})
     if config.bare:
         yield {"data": "", "files": _files(locate_task(config.task)), "imports": []}
         return
@@ -67,11 +68,12 @@ def check_federated(config: RunConfig, net: Any) -> None:
     if find(config.strategy).hooks and not isinstance(framework, weights.Torch):
         raise SettingError(f"strategy={config.strategy} changes gradients by hooks, which a {framework.model} does not "
                            "have: only PyTorch models have them")  # fmt: skip
-    arrays = weights.from_net(net)
-    shared, personal = weights.split(arrays, config.personal)
-    if config.personal and not (shared and personal):
-        found = "all entries of the model" if personal else "none of the model's entries"
-        raise SettingError(f"personal={config.personal!r} matches {found}: {', '.join(arrays):.300}")
+    try:
+        shared, _ = weights.split(weights.from_net(net), config.personal)
+        if config.dp != "none":
+            check_entries(shared)
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def check_best(config: RunConfig, trial: Trial) -> None:

@@ -3,6 +3,7 @@
 A comparison of accuracies depends on which budget is equal. Three budgets are used here: sample visits (of all clients
 together), sequential steps (of the client with the most samples), and seconds on this machine. All three are those of
 the federated run on IID partitions; the accuracy of every other training is taken where it has used up the budget.
+Other strategies may be compared as well, each on the same non-IID partitions.
 
 Every training has one thread, unless OMP_NUM_THREADS is set. On a busy machine, two threads of one training mostly
 wait for each other, which would make the seconds meaningless.
@@ -12,8 +13,9 @@ import inspect
 import io
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from itertools import islice
 from pathlib import Path
@@ -22,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from federation.app import metrics, samples
-from federation.app.config import RunConfig, Settings
+from federation.app.config import RunConfig, Settings, validate
 from federation.app.cores import THREADS, share_cores
 from federation.app.partition import Rows, split_data
+from federation.app.strategy import make_strategy
 from federation.app.task import (
     build_net,
     classes_of,
@@ -36,6 +39,7 @@ from federation.app.task import (
 )
 from federation.launch import host, simulation
 from federation.launch.network import LaunchError
+from federation.launch.prepare import check_federated
 from federation.tools import comparison
 from federation.tools.comparison import Cell, Cells, Point
 
@@ -48,6 +52,7 @@ QUICK: Settings = {
     "learning-rate": 0.02,
 }
 Training = Callable[["Lab", int, Cells], Cell]  # called with a seed and the finished cells of that seed
+Strategies = Mapping[str, dict[str, str]]  # what each changes in the run config, by its name and parameters
 
 
 class Lab:
@@ -109,10 +114,15 @@ class Lab:
             points.append(Point(visits, (done + 1) * steps, seconds, self.test(net)))
         return points
 
-    def federate(self, partitioner: str, seed: int, fraction: float = 1.0) -> list[Any]:
+    def federate(
+        self, partitioner: str, seed: int, fraction: float = 1.0, strategy: Mapping[str, str] | None = None
+    ) -> list[Any]:
         """Run client.py and server.py on Flower's Simulation Engine, and return the rounds in metrics.json."""
-        out = Path(self.config.out) / f"federated-{partitioner}-{fraction:g}-{seed}"
+        strategy = strategy or {}
+        name = "-".join([f"federated-{partitioner}-{fraction:g}-{seed}", *filter(None, strategy.values())])
+        out = Path(self.config.out) / re.sub(r"[^\w.-]+", "-", name)
         config = self.config.changed(
+            **strategy,
             partitioner=partitioner, seed=seed, out=host.writable(str(out)), resume=False,
             fraction_train=fraction, fraction_evaluate=0.0, num_server_rounds=round(self.rounds / fraction),
         )  # fmt: skip
@@ -171,12 +181,12 @@ def local_only(partitioner: str) -> Training:
     return train
 
 
-def federated(partitioner: str, fraction: float = 1.0) -> Training:
+def federated(partitioner: str, fraction: float = 1.0, strategy: Mapping[str, str] | None = None) -> Training:
     """Train with client.py and server.py. With `fraction` of the clients per round, there are more rounds."""
 
     def train(lab: Lab, seed: int, done: Cells) -> Cell:
         visits, steps, seconds, points = 0, 0, 0.0, []
-        rounds = lab.federate(partitioner, seed, fraction)
+        rounds = lab.federate(partitioner, seed, fraction, strategy)
         for row in rounds:
             visits += lab.local_epochs * sum(row["samples"])
             steps += lab.local_epochs * lab.steps(max(row["samples"]))
@@ -188,7 +198,7 @@ def federated(partitioner: str, fraction: float = 1.0) -> Training:
 
 
 def trainings(skew: str) -> dict[str, Training]:
-    """Return all trainings, in the order in which they run: `as_long` needs the results of earlier ones."""
+    """Return the usual trainings, in the order in which they run: `as_long` needs the results of earlier ones."""
     return {
         "centralized": centralized,
         "centralized, as many steps": as_many_steps,
@@ -203,11 +213,28 @@ def trainings(skew: str) -> dict[str, Training]:
     }
 
 
+def with_strategies(skew: str, strategies: Strategies) -> dict[str, Training]:
+    """Return a training by each of `strategies`, on the same partitions as the run config's own."""
+    return {f"{comparison.STRATEGY}{name}": federated(skew, strategy=own) for name, own in strategies.items()}
+
+
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def compare(config: RunConfig, seeds: int, quick: bool) -> int:
+def read_strategies(config: RunConfig, text: str) -> Strategies:
+    """Read strategies with their parameters, "fedprox proximal_mu=0.1, scaffold". Raises ValueError for a wrong one."""
+    found = {}
+    for name in filter(None, (" ".join(part.split()) for part in text.split(","))):
+        strategy, _, parameters = name.partition(" ")
+        own = validate(config.values() | {"strategy": strategy, "strategy-arguments": parameters})
+        make_strategy(own, {})
+        found[name] = {"strategy": own.strategy, "strategy_arguments": own.strategy_arguments}
+    return found
+
+
+def compare(config: RunConfig, seeds: int, quick: bool, strategies: Strategies | None = None) -> int:
     """Run the trainings that are missing, with `seeds` seeds, print the results, and return the exit status."""
+    strategies = strategies or {}
     os.environ.setdefault(THREADS[0], "1")
     share_cores()
     config = config.changed(
@@ -215,15 +242,18 @@ def compare(config: RunConfig, seeds: int, quick: bool) -> int:
         data=find_data(load_task(config.task), config.data), out=host.writable(config.out),
     )  # fmt: skip
     chosen = dict(islice(trainings(config.partitioner).items(), 5 if quick else None))
-    run(config, chosen, range(config.seed, config.seed + seeds))
+    chosen |= with_strategies(config.partitioner, strategies)
+    run(config, chosen, range(config.seed, config.seed + seeds), strategies)
     return 0
 
 
-def run(config: RunConfig, chosen: dict[str, Training], seeds: range) -> None:
+def run(config: RunConfig, chosen: dict[str, Training], seeds: range, strategies: Strategies) -> None:
     """Run every cell that is not yet in compare.json, save each when it is finished, and show tables and plots."""
     lab, path = Lab(config), Path(config.out) / "compare.json"
     cells = comparison.load(path, config)
-    lab.test(lab.net(seeds[0]))
+    lab.test(net := lab.net(seeds[0]))
+    for own in strategies.values():
+        check_federated(config.changed(**own), net)
     for partitioner in ("iid", config.partitioner):
         lab.parts(partitioner, seeds[0])  # an impossible split should fail before hours of training
     wanted = [(seed, name) for seed in seeds for name in chosen]
@@ -235,7 +265,7 @@ def run(config: RunConfig, chosen: dict[str, Training], seeds: range) -> None:
         points = done[name]["points"]
         print(f"[{number}/{len(wanted)}] seed {seed}  {name:26}  accuracy {points[-1].accuracy:.4f}  "
               f"{points[-1].seconds:6.1f} s", flush=True)  # fmt: skip
-    of_seeds = [cells[str(seed)] for seed in seeds]
+    of_seeds = [{name: cells[str(seed)][name] for name in chosen} for seed in seeds]
     results = comparison.summary(of_seeds)
     comparison.save(path, config, cells, summary=results)
     print(comparison.tables(results))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ ROWS = {  # of the table, with the trainings from which their accuracies are tak
     "federated, IID": ("federated, IID",),
     "federated, non-IID": ("federated, non-IID",),
 }
+STRATEGY = "federated, non-IID, "  # the beginning of the name of a training by a further strategy, and of its row
 GAP_STEPS = {  # from centralized to federated training, one change at a time, with equal sample visits
     "optimizer restart": "optimizer restart",
     "smaller shards": "smaller shards",
@@ -73,10 +74,16 @@ def save(path: Path, config: RunConfig, cells: dict[str, Cells], **more: Any) ->
 
 def summary(seeds: list[Cells]) -> dict[str, dict[str, Any]]:
     """Return the rows of the table and the steps of the gap, with a number per seed."""
+    rows = ROWS | {name: (name,) for name in _strategies(seeds)}
     return {
-        "table": {row: _row(seeds, row, trainings) for row, trainings in ROWS.items() if row in seeds[0]},
+        "table": {row: _row(seeds, row, trainings) for row, trainings in rows.items() if row in seeds[0]},
         "gap": _gap(seeds) if "optimizer restart" in seeds[0] else {},
     }
+
+
+def _strategies(seeds: list[Cells]) -> list[str]:
+    """Return the names of the trainings by further strategies."""
+    return [name for name in seeds[0] if name.startswith(STRATEGY)]
 
 
 def _row(seeds: list[Cells], row: str, trainings: tuple[str, ...]) -> dict[str, Any]:
@@ -109,18 +116,19 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
     """Return the table, the accuracies of single clients, and the gap, as text."""
     table, gap = results["table"], results["gap"]
     head = "".join(f"{text:>18}" for text in ("sample visits", "steps", "seconds"))
-    lines = ["", f"{'accuracy at equal':24}{head}{'took (s)':>12}{'MB down':>10}{'MB up':>8}"]
-    lines += [_line(name, row) for name, row in table.items()]
+    width = max(24, *(len(name) + 2 for name in table))
+    lines = ["", f"{'accuracy at equal':{width}}{head}{'took (s)':>12}{'MB down':>10}{'MB up':>8}"]
+    lines += [f"{name:{width}}{_line(row)}" for name, row in table.items()]
     lines += [_clients(name, row["clients"]) for name, row in table.items() if "clients" in row]
     lines += ["", "from centralized to federated, in points of accuracy at equal sample visits"] if gap else []
     lines += [f"{name:24}{_spread(points, '+.2f'):>18}" for name, points in gap.items()]
     return "\n".join(lines)
 
 
-def _line(name: str, row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any]) -> str:
     accuracies = "".join(f"{_spread(row[axis], '.4f'):>18}" for axis in Point._fields[:3])
     down, up = (mean(row.get(key, [0])) / 1e6 for key in ("bytes_down", "bytes_up"))
-    return f"{name:24}{accuracies}{mean(row['took']):12.1f}{down:10.1f}{up:8.1f}"
+    return f"{accuracies}{mean(row['took']):12.1f}{down:10.1f}{up:8.1f}"
 
 
 def _clients(name: str, accuracies: list[Numbers]) -> str:
@@ -142,6 +150,7 @@ LINES: dict[str, dict[str, Any]] = {
     "federated, IID": {"color": "#0072b2", "marker": "s"},
     "federated, non-IID": {"color": "#d55e00", "marker": "^"},
 }
+OTHERS = ("#009e73", "#cc79a7", "#f0e442", "#999999")  # colours of further strategies, in turn
 MARKS = {"local only, IID": ("#56b4e9", "D"), "local only, non-IID": ("#e69f00", "v")}
 
 
@@ -166,7 +175,9 @@ def draw(path: Path, seeds: list[Cells], results: dict[str, dict[str, Any]], tit
 
 def _lines(axes: Any, seeds: list[Cells], across: Callable[[Point], float], label: str) -> None:
     """Plot the mean over the seeds, with the standard deviation as a band."""
-    for name, style in LINES.items():
+    others = zip(_strategies(seeds), cycle(OTHERS))
+    further = {name: {"color": colour, "marker": ".", "linestyle": "--"} for name, colour in others}
+    for name, style in (LINES | further).items():
         by_seed = zip(*(cells[name]["points"] for cells in seeds), strict=True)
         rows = [([across(p) for p in points], [p.accuracy for p in points]) for points in by_seed]
         x, y = [mean(at) for at, _ in rows], [mean(accuracies) for _, accuracies in rows]

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,9 +43,28 @@ def own_folder(module_terminals: Terminals) -> Path:
     return folder
 
 
+SLOW = "examples.mnist_jax"  # JAX compiles anew for every message
+
+
+class Runs(dict[str, SimpleNamespace]):
+    """A federation of each script, when it is asked for; all but the slow one at once, since mostly they wait."""
+
+    def __init__(self, start: Callable[[bool], dict[str, SimpleNamespace]]) -> None:
+        super().__init__()
+        self.start = start
+
+    def __missing__(self, task: str) -> SimpleNamespace:
+        self |= self.start(task == SLOW)
+        return self[task]
+
+
 @pytest.fixture(scope="module")
-def runs(module_terminals: Terminals, own_folder: Path) -> dict[str, SimpleNamespace]:
-    """Run a federation for each script, with one client or two, all at once: mostly, a federation waits."""
+def runs(module_terminals: Terminals, own_folder: Path) -> Runs:
+    """Federations of the scripts, with one client or two."""
+    return Runs(lambda slow: play(module_terminals, own_folder, slow))
+
+
+def play(module_terminals: Terminals, own_folder: Path, slow: bool) -> dict[str, SimpleNamespace]:
     plain = {"PWD": str(own_folder.parent)}
     no_torch = plain | {"PYTHONPATH": str(own_folder.parent / "no_torch")}
     elsewhere = own_folder.parent / "elsewhere"
@@ -56,7 +76,7 @@ def runs(module_terminals: Terminals, own_folder: Path) -> dict[str, SimpleNames
         ("examples.cifar_keras", "keras", plain, embedded, [(plain, ())]),
         ("my_script", "torch", sites[0][0], ("--rounds", "1"), sites),
     ):
-        if importlib.util.find_spec(framework):
+        if importlib.util.find_spec(framework) and slow == (task == SLOW):
             address, out = f"127.0.0.1:{free_port()}", own_folder.parent / task
             command = ("--task", task, "--clients", str(len(clients)), "--address", address)
             server = module_terminals.open("server.py", *command, "--out", str(out), *options, **environment)
@@ -81,14 +101,12 @@ def digest(values: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("task", "clients", "samples"),
     [
-        pytest.param("examples.mnist_jax", 1, (6000, 1000), marks=needs("jax")),
+        pytest.param("examples.mnist_jax", 1, (6000, 1000), marks=[needs("jax"), pytest.mark.slow]),
         pytest.param("examples.cifar_keras", 1, (10_000, 2000), marks=needs("keras")),
         ("my_script", 2, (200, 100)),
     ],
 )
-def test_clients_train_it_and_the_server_agrees(
-    runs: dict[str, SimpleNamespace], task: str, clients: int, samples: tuple[int, int]
-) -> None:
+def test_clients_train_it_and_the_server_agrees(runs: Runs, task: str, clients: int, samples: tuple[int, int]) -> None:
     metrics = runs[task].metrics
     assert metrics["task"] == task and metrics["status"] == "finished"
     assert (metrics["dataset"]["train"], metrics["dataset"]["test"]) == samples
@@ -103,8 +121,9 @@ def test_clients_train_it_and_the_server_agrees(
     assert runs[task].text.count("trained on") == runs[task].text.count("tested on") == messages
 
 
+@pytest.mark.slow
 @needs("jax")
-def test_flax_ends_with_an_npz_that_the_script_loads(runs: dict[str, SimpleNamespace]) -> None:
+def test_flax_ends_with_an_npz_that_the_script_loads(runs: Runs) -> None:
     from examples import mnist_jax
 
     run = runs["examples.mnist_jax"]
@@ -119,7 +138,7 @@ def test_flax_ends_with_an_npz_that_the_script_loads(runs: dict[str, SimpleNames
 
 
 @needs("keras")
-def test_keras_ends_with_a_model_that_keras_loads(runs: dict[str, SimpleNamespace]) -> None:
+def test_keras_ends_with_a_model_that_keras_loads(runs: Runs) -> None:
     import keras
 
     from examples import cifar_keras
@@ -134,7 +153,7 @@ def test_keras_ends_with_a_model_that_keras_loads(runs: dict[str, SimpleNamespac
     assert {"keras", "tensorflow"} <= set(run.metrics["versions"]) and "torch" not in run.metrics["versions"]
 
 
-def test_a_script_of_ones_own_ends_with_its_state_dict(runs: dict[str, SimpleNamespace]) -> None:
+def test_a_script_of_ones_own_ends_with_its_state_dict(runs: Runs) -> None:
     import torch
 
     run = runs["my_script"]
@@ -166,7 +185,7 @@ EXAMPLES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("task", EXAMPLES)
 def test_a_run_that_is_resumed_in_a_simulation_ends_with_the_same_weights(
-    runs: dict[str, SimpleNamespace], module_terminals: Terminals, task: str
+    runs: Runs, module_terminals: Terminals, task: str
 ) -> None:
     """Of the two rounds across terminals, the second is played again."""
     out = module_terminals.folder / f"resumed-{task}"

@@ -241,7 +241,7 @@ def test_a_slow_link_is_no_dead_client_nor_is_one_over_ipv6(terminals: Terminals
     one = ("--clients", "1", "--rounds", "1")
     server = terminals.open("server.py", "--address", f"[::1]:{port}", "--task", "tiny", *one)
     server.wait_for("waiting for 1 clients")
-    client = terminals.open("client.py", "--server", SlowLink(port, 1.5).address)
+    client = terminals.open("client.py", "--server", SlowLink(port, 1.0).address)
     assert server.wait(400) == 0 and client.wait(60) == 0, client.text
     assert "lost the server" not in client.text and "left out" not in server.text
     _, played = metrics_of(terminals.folder)["rounds"]

@@ -2,16 +2,21 @@
 
 import json
 import re
+import shlex
 import shutil
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 from PIL import Image
 
+import server
+from federation.app.config import parse
 from federation.launch.network import free_port
 from tests.conftest import ROOT, Terminals, eventually
+from tests.in_memory import InMemoryGrid
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMANDS = {
@@ -22,11 +27,13 @@ COMMANDS = {
     if line.strip()
 }
 RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo runs cifar.py, server.py and client.py
-    "make demo", "make test", "make test-slow", "make lint", "make install EXTRAS=dev,jax,keras,sklearn,lightning,text",
+    "make demo", "make test", "make test-slow", "make lint",
+    "make install EXTRAS=dev,jax,keras,sklearn,lightning,text,dp",
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
-    'pip install ".[jax]"', 'pip install ".[keras]"',  # by .ci/run, as extras of make install
+    'pip install ".[jax]"', 'pip install ".[keras]"', 'pip install ".[dp]"',  # by .ci/run, as extras of make install
     "python -m federation.compare --quick",  # by test_compare
+    "python -m federation.compare --quick --strategies scaffold",  # likewise
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
     "federate check my_script", "federate server --task my_script",  # by test_installed, with the task that it installs
     "federate new my_task.py", "federate new my_task.py --from train.py",  # by test_new
@@ -56,6 +63,16 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "sh benchmarks/namespaces.sh",  # by hand: it needs root, and makes network interfaces
     "sudo ufw allow from 203.0.113.0/24 to any port 8080 proto tcp",  # it opens a firewall
 }  # fmt: skip
+
+
+SETTINGS = "rounds", "strategies", "topologies", "compression", "privacy"  # pages of which the settings are played
+PLAYED = {
+    command
+    for page in SETTINGS
+    for command in re.findall(
+        r"^python server.py --simulate .*$", (ROOT / "docs" / f"{page}.md").read_text("utf-8"), re.M
+    )
+}
 
 
 def without_code(page: Path) -> str:
@@ -106,7 +123,7 @@ def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
 
 def test_every_command_is_run_by_a_test() -> None:
     source = Path(__file__).read_text().replace('\\"', '"')  # as the shell is to see it
-    for command in COMMANDS - RUN_ELSEWHERE:
+    for command in COMMANDS - RUN_ELSEWHERE - PLAYED:
         assert f"'{command}'" in source or f'"{command}"' in source, f"no test runs: {command}"
 
 
@@ -131,6 +148,21 @@ def checkout(terminals: Terminals) -> Path:
                 pixels = random.integers(0, 25, (32, 32, 3), np.uint8) + np.uint8(23 * label)
                 Image.fromarray(pixels).save(folder / "DIR" / split / str(label) / f"{i}.png")
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread", "in_a_run")
+@pytest.mark.parametrize("command", sorted(PLAYED))
+def test_settings_are_played(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run config of each command, in one process: that the options themselves work is known from the others."""
+    monkeypatch.chdir(checkout)
+    _, script, simulate, clients, run_config, text, *more = shlex.split(command)
+    assert (script, simulate, run_config, more) == ("server.py", "--simulate", "--run-config", [])
+    config = {"data": str(checkout / "DIR"), "out": str(checkout / "out"), "num-clients": int(clients)} | parse(text)
+    config |= {"num-server-rounds": 2}
+    grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
+    server.main(grid, Context(1, 0, {}, RecordDict(), config))
+    assert metrics(checkout / "out")["status"] == "finished"
 
 
 def put_in_its_usual_place(data: Path, terminals: Terminals) -> None:
@@ -228,6 +260,19 @@ def test_topologies_and_uploads(terminals: Terminals, checkout: Path) -> None:
     assert server.wait(400) == 0, server.text
     small = metrics(checkout / "runs" / "federated")["rounds"]
     assert 0.2 < small[1]["bytes_up"] / ring[1]["bytes_up"] < 0.3 and "consensus" not in small[1]
+
+
+@pytest.mark.slow
+def test_privacy(terminals: Terminals, checkout: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    put_in_its_usual_place(checkout / "DIR", terminals)
+    command = "python server.py --simulate 10 --run-config \"dp='server-fixed' dp-noise-multiplier=2.0 dp-target-epsilon=3.5\""  # noqa: E501
+    server = terminals.shell(command, checkout)
+    assert server.wait(400) == 0, server.text
+    run = metrics(checkout / "runs" / "federated")
+    assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 10, 10]
+    assert run["rounds"][2]["epsilon"] < 3.5 < run["rounds"][2]["epsilon_next"]
+    assert "ended after round 2: another one could spend epsilon" in server.text
 
 
 @pytest.mark.slow

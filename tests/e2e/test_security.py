@@ -149,9 +149,10 @@ def knock(port: int, ca: Path) -> None:
 def test_neither_noise_nor_a_client_that_is_killed_and_comes_back_disturbs_a_run(
     terminals: Terminals, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port, server = start(terminals, "--run-config", f"{as_text(SETTINGS)} min-clients=2 retries=9")
+    settings = SETTINGS | {"personal": "bias"}  # which the killed client has to find again
+    port, server = start(terminals, "--run-config", f"{as_text(settings)} min-clients=2 retries=9")
     members = [client(terminals, port, keys / name) for name in ("berlin", "paris")]
-    server.wait_for("client 1 joined", 300)
+    server.wait_for("\n    1  ", 300)
     victim = next(member for member in members if "joining" in member.text)
     victim.process.kill()
     eventually(lambda: len(named(terminals.processes(), "flower-supernode")) == 1, 10)
@@ -167,7 +168,7 @@ def test_neither_noise_nor_a_client_that_is_killed_and_comes_back_disturbs_a_run
     assert back.wait(60) == 0 and members[victim is members[0]].wait(60) == 0
     ended = metrics_of(terminals.folder)
     assert [row["clients"] for row in ended["rounds"]] == [None, 2, 2, 2]
-    assert ended["final_weights_sha256"] == undisturbed(terminals.folder, SETTINGS, monkeypatch)
+    assert ended["final_weights_sha256"] == undisturbed(terminals.folder, settings, monkeypatch)
     assert_all_gone(terminals)
 
 

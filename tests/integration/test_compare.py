@@ -4,6 +4,7 @@ import io
 import json
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from federation.app import cores
+from federation.app import cores, weights
 from federation.app.config import RunConfig, validate
 from federation.compare import compare as command
 from federation.launch import host
 from federation.launch.command_line import run_script
+from federation.launch.network import LaunchError
 from federation.tools import compare, comparison
 from federation.tools.compare import Lab, trainings
 from federation.tools.comparison import Cells, Point, summary, tables
@@ -106,6 +108,22 @@ def test_the_picture_is_drawn(tmp_path: Path, seeds: int) -> None:
     with Image.open(tmp_path / "compare.png") as picture:
         assert picture.size == (1800, 576)
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20, "it is not blank"
+
+
+def test_further_strategies_are_rows_of_the_table_and_lines_of_the_picture(tmp_path: Path) -> None:
+    name = "federated, non-IID, fedprox proximal_mu=0.1"
+    of_seeds = [cells(shift) | {name: cells()["federated, non-IID"]} for shift in (0.0, 0.1)]
+    results = summary(of_seeds)
+    assert results["table"][name] == results["table"]["federated, non-IID"]
+    lines = tables(results).splitlines()
+    (plain,), (own,) = ([line for line in lines if line.startswith(f"{row}  ")] for row in ("federated, non-IID", name))
+    assert plain.removeprefix("federated, non-IID").split() == own.removeprefix(name).split() and len(plain) == len(own)
+    drawn = []
+    for number, seeds in enumerate((of_seeds, [cells(0.0), cells(0.1)])):
+        comparison.draw(tmp_path / f"{number}.png", seeds, summary(seeds), "a title", 100)
+        drawn.append(np.asarray(Image.open(tmp_path / f"{number}.png").convert("RGB")))
+    green = [(picture == (0, 158, 115)).all(axis=2).sum() for picture in drawn]
+    assert green[0] > 100 and green[1] == 0
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -218,6 +236,40 @@ def test_federated_runs_are_counted_by_what_clients_report(
     assert config.num_clients == 3 and nodes == min(3, cores.cores())
 
 
+def test_further_strategies_run_on_the_same_partitions(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    played: list[RunConfig] = []
+
+    def host_run(address: tuple[str, int], config: RunConfig, nodes: dict[str, Any]) -> int:
+        played.append(config)
+        return 1
+
+    monkeypatch.setattr(host, "host_run", host_run)
+    further = compare.read_strategies(lab.config, "fedprox, fedadam  eta=0.1 tau=0.01,scaffold")
+    made = compare.with_strategies("shards", further)
+    names = ["fedprox", "fedadam eta=0.1 tau=0.01", "scaffold"]
+    assert list(made) == [f"federated, non-IID, {name}" for name in names]
+    for training in (*made.values(), compare.federated("shards")):
+        with pytest.raises(LaunchError):
+            training(lab, 7, {})
+    assert [config.strategy for config in played] == ["fedprox", "fedadam", "scaffold", "fedavg"]
+    assert [config.strategy_arguments for config in played] == ["", "eta=0.1 tau=0.01", "", ""]
+    settings = [{**config.values(), "strategy": "", "strategy-arguments": "", "out": ""} for config in played]
+    assert settings == settings[:1] * 4 and settings[0]["partitioner"] == "shards"
+    assert len({config.out for config in played}) == 4
+
+
+def test_a_framework_without_hooks_is_refused_before_any_training(
+    lab: Lab, trained: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compare, "Lab", lambda config: lab)
+    monkeypatch.setattr(weights, "framework", lambda net: SimpleNamespace(model="model of another framework"))
+    config = lab.config.changed(out=str(tmp_path), partitioner="shards")
+    further = compare.read_strategies(config, "scaffold")
+    with pytest.raises(ValueError, match="strategy=scaffold changes gradients by hooks, which a model of another"):
+        compare.run(config, {"centralized": compare.centralized}, range(1), further)
+    assert trained == [] and list(tmp_path.iterdir()) == []
+
+
 # --------------------------------------------------------------------------------------------------- the command
 
 
@@ -229,6 +281,9 @@ def test_federated_runs_are_counted_by_what_clients_report(
         (["--run-config", "alpha=-1"], "alpha=-1 is out of range"),
         (["--run-config", "nonsense"], "is not of the form key=value"),
         (["--clients", "many"], "'many' is not a valid integer"),
+        (["--strategies", "fedprox, fedbest"], "strategy='fedbest' is none of: fedavg, "),
+        (["--strategies", "fedprox nu=1"], "fedprox takes no nu; what can be set: proximal_mu"),
+        (["--strategies", "krum", "--clients", "4"], "strategy=krum needs 5 clients in a round, and there are 4"),
     ],
 )
 def test_wrong_options_are_misuse(failed: Any, options: list[str], named: str) -> None:
@@ -281,18 +336,21 @@ def test_interrupted_it_keeps_what_is_done_and_goes_on(terminals: Terminals, tmp
     assert list(saved) == QUICK_NAMES[:2]
     assert terminals.processes() == []
 
-    second = terminals.open("-m", "federation.compare", "--quick", PYTHONPATH=str(ROOT))
+    further = ["--strategies", "scaffold"]
+    second = terminals.open("-m", "federation.compare", "--quick", *further, PYTHONPATH=str(ROOT))
     assert second.wait(500) == 0, second.text
     output = second.text
     results = json.loads((tmp_path / "runs" / "compare-quick" / "compare.json").read_text())
-    assert list(results["cells"]["0"]) == QUICK_NAMES
+    assert list(results["cells"]["0"]) == [*QUICK_NAMES, "federated, non-IID, scaffold"]
+    table = results["summary"]["table"]
+    assert table["federated, non-IID, scaffold"]["visits"] != table["federated, non-IID"]["visits"]
     assert {name: results["cells"]["0"][name] for name in saved} == saved, "they were not run again"
     accuracy = results["summary"]["table"]["federated, IID"]["visits"][0]
     played = json.loads((tmp_path / "runs" / "compare-quick" / "federated-iid-1-0" / "metrics.json").read_text())
     assert accuracy == played["rounds"][-1]["server_accuracy"]
-    assert f"federated, IID{'':10}{accuracy:>18.4f}" in output
+    assert f"federated, IID{'':16}{accuracy:>18.4f}" in output
     assert (tmp_path / "runs" / "compare-quick" / "compare.png").stat().st_size > 10_000
 
-    status, again = terminals.run("-m", "federation.compare", "--quick", PYTHONPATH=str(ROOT))
+    status, again = terminals.run("-m", "federation.compare", "--quick", *further, PYTHONPATH=str(ROOT))
     assert (status, again) == (0, output), "nothing was left to do"
     assert terminals.processes() == [] and terminals.leftovers() == []

@@ -26,10 +26,10 @@ def kill(terminals: Terminals, terminal: Terminal, part: str) -> None:
 
 @pytest.mark.usefixtures("one_thread", "in_a_run")
 def test_a_server_that_is_killed_goes_on(terminals: Terminals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """First the launcher, then SuperLink, then the ServerApp; with FedAdam, which has a state to go on from."""
+    """First the launcher, then SuperLink, then the ServerApp; with SCAFFOLD: server and clients keep a state."""
     kills = [("client 1 joined", ""), ("\n    1  ", "flower-superlink"), ("\n    2  ", "flwr-serverapp")]
     (terminals.folder / "tiny.py").write_text(TINY)
-    config = SETTINGS | {"strategy": "fedadam"}
+    config = SETTINGS | {"strategy": "scaffold"}
     address = f"127.0.0.1:{free_port()}"
     start = ("server.py", "--address", address)
     clients = [terminals.open("client.py", "--server", address, "--threads", "1") for _ in range(2)]

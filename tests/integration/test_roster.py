@@ -1,6 +1,7 @@
 """Who takes part, and in what order: the Roster on a Grid in memory, by a clock that costs no time."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -474,9 +475,10 @@ def test_a_message_is_the_strategys_with_the_place_of_the_client_added(clock: Cl
     (message,) = client.of_type(MessageType.TRAIN)
     assert message.content["config"]["server-round"] == 3
     assert weights.sha256(message.content["arrays"]) == weights.sha256(MODEL)
-    assert dict(message.content["client"]) == {"position": 0}
+    assert dict(message.content["client"]) == {"position": 0, "kept": 0}
     facts = {"data": "/data", "fingerprint": fingerprint(DATA), "files": list(compared(cifar)), "classes": 20}
-    assert dict(message.content["server"]) == facts
+    server = dict(message.content["server"])
+    assert re.fullmatch("[0-9a-f]{32}", server.pop("run")) and server == facts
     assert message.metadata.dst_node_id == 4
 
 

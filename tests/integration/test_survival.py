@@ -32,6 +32,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fedavg": {"clients": 4, "fraction-train": 0.5},
     "fedadam": {"clients": 4, "fraction-train": 0.5, "strategy": "fedadam", "partitioner": "dirichlet",
                 "min-partition-size": 4},
+    "scaffold": {"clients": 4, "fraction-train": 0.5, "strategy": "scaffold"},
+    "fedavgm": {"clients": 4, "clients-per-round": 2, "strategy": "fedavgm", "learning-rate": 0.1,
+                "learning-rate-schedule": "cosine"},
+    "personal": {"clients": 4, "fraction-train": 0.5, "personal": "bias", "local-steps": 2},
+    "fedprox": {"clients": 4, "fraction-train": 0.5, "strategy": "fedprox", "partitioner": "shards",
+                "learning-rate": 0.1, "learning-rate-schedule": "step", "decay-rounds": 1},
 }  # fmt: skip
 
 Tamper = Callable[[Message], object]

@@ -134,7 +134,17 @@ def test_both_doors_lead_to_the_same_run(
     hosted, joined = [], []
     monkeypatch.setattr(host, "host_run", lambda *given: hosted.append(given) or 0)
     monkeypatch.setattr(join, "join_run", lambda *given: joined.append(given) or 0)
-    options = ("--simulate", "3", "--run-config", "seed=4", "batch-size=8", "--run-config", "tau=0.5", "--rounds", "7")
+    options = (
+        "--simulate",
+        "3",
+        "--run-config",
+        "seed=4",
+        "batch-size=8",
+        "--run-config",
+        "alpha=0.25",
+        "--rounds",
+        "7",
+    )
     line = ("--server", "[::1]:9", "--wait", "2", "--partition-id", "0", "--num-partitions", "2")
     if door == "federate":
         ended = failed(federate.main, door, "server", *options), failed(federate.main, door, "client", *line)
@@ -142,13 +152,14 @@ def test_both_doors_lead_to_the_same_run(
         ended = failed(server_command.main, "server.py", *options), failed(client_command.main, "client.py", *line)
     assert ended == ((0, ""), (0, ""))
     [(_, config, nodes, tls)] = hosted
-    assert (config.num_clients, config.num_server_rounds, config.seed, config.batch_size, config.tau) == (
+    assert (config.num_clients, config.num_server_rounds, config.seed, config.batch_size, config.alpha) == (
         3,
         7,
         4,
         8,
-        0.5,
+        0.25,
     )
     assert nodes["num-supernodes"] <= 3 and tls is None and config.out == str(tmp_path / "runs" / "federated")
     settings = {"clients": 1, "own-data": False, "partition-id": 0, "num-partitions": 2}
+    settings["state"] = str(Path.cwd() / "runs" / "client-state")
     assert joined == [(("::1", 9), 2.0, settings, None, None)]

@@ -244,7 +244,7 @@ def drawn(seed: int) -> list[tuple[Weights, int]]:
     return [({n: random.normal(size=s).astype("f4") for n, s in shapes.items()}, counted) for counted in (3, 17)]
 
 
-ADAM = {"strategy": "fedadam", "server-learning-rate": 0.05, "beta-1": 0.8, "beta-2": 0.95, "tau": 0.01}
+ADAM = {"strategy": "fedadam", "strategy-arguments": "eta=0.05 beta_1=0.8 beta_2=0.95 tau=0.01"}
 
 
 def test_fedadam_is_flowers_formula() -> None:
