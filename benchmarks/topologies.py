@@ -80,10 +80,11 @@ def draw(cells: Cells, seeds: int, rounds: int, path: Path) -> None:
                 if found:
                     style = {"color": COLOURS[topology], "label": topology}
                     line = [mean(each) for each in found.values()]
-                    axes.plot(found, line, ls="--" if topology == "star" else "-", **style)
+                    axes.plot(list(found), line, ls="--" if topology == "star" else "-", **style)
                     low, high = map(min, found.values()), map(max, found.values())
                     axes.fill_between(list(found), list(low), list(high), color=COLOURS[topology], alpha=0.12, lw=0)
             axes.set(title=partition, ylabel=label, xlabel="round")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
