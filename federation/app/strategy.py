@@ -93,7 +93,7 @@ def make_strategy(config: RunConfig, state: Mapping[str, ArrayRecord]) -> Strate
     a round has too few clients for it.
     """
     row = find(config.strategy) if config.topology == "star" else GOSSIP
-    _check_enough(config)
+    check_strategy(config)
     state = dict(state)
     private = state.pop(RECORD, None)
     number = config.clients_asked if config.central_dp else config.clients_per_round
@@ -156,7 +156,12 @@ def least_models(config: RunConfig) -> int:
     return config.clients_asked if config.central_dp else find(config.strategy).least(arguments(config))
 
 
-def _check_enough(config: RunConfig) -> None:
+def check_strategy(config: RunConfig) -> None:
+    """Raise SettingError where there is no such strategy, or with other arguments, or for more clients than there are.
+
+    It is not made for that: some of Flower's classes log a warning when they are.
+    """
+    find(config.strategy).given(config)
     trained = config.clients_asked
     if (least := least_models(config)) > trained:
         how = f" with {config.strategy_arguments}" * bool(config.strategy_arguments)

@@ -4,6 +4,7 @@ In a process of its own, so that the one that waits for the end of the run holds
 """
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ def _files(task: ModuleType, modules: Iterable[str] = ()) -> dict[str, str]:
 def main() -> None:
     """Read a run config from the first argument; write what has been found, or an error, to the file in the second."""
     config, report = json.loads(sys.argv[1]), Path(sys.argv[2])
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # the ServerApp makes the strategy, too, and logs the same
 
     def write(found: dict[str, Any]) -> None:
         write_atomically(report, lambda path: path.write_text(json.dumps(found), "utf-8"))

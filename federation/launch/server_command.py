@@ -55,7 +55,7 @@ def serve(args: SimpleNamespace) -> int:
     from federation.app.client_state import check_kept
     from federation.app.config import SettingError
     from federation.app.run_folder import run_folder  # here, so that --help need not wait for Flower
-    from federation.app.strategy import make_strategy
+    from federation.app.strategy import check_strategy
     from federation.launch import host, network, simulation
 
     address, tls = read_network(args)
@@ -65,7 +65,7 @@ def serve(args: SimpleNamespace) -> int:
         nodes = plan(args, config)
         check_initial(config, nodes is not None)
         if "." not in config.strategy:  # a class of the user's own is for a process that may hold a framework
-            make_strategy(config, {})
+            check_strategy(config)
         if nodes and config.resume and config.keeps_state:
             check_kept(Path(config.out), load_checkpoint(Path(config.out))[0])
     config = config.changed(

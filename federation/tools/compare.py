@@ -27,7 +27,7 @@ from federation.app import metrics, samples
 from federation.app.config import RunConfig, Settings, validate
 from federation.app.cores import THREADS, share_cores
 from federation.app.partition import Rows, split_data
-from federation.app.strategy import make_strategy
+from federation.app.strategy import check_strategy
 from federation.app.task import (
     build_net,
     classes_of,
@@ -227,7 +227,7 @@ def read_strategies(config: RunConfig, text: str) -> Strategies:
     for name in filter(None, (" ".join(part.split()) for part in text.split(","))):
         strategy, _, parameters = name.partition(" ")
         own = validate(config.values() | {"strategy": strategy, "strategy-arguments": parameters})
-        make_strategy(own, {})
+        check_strategy(own)
         found[name] = {"strategy": own.strategy, "strategy_arguments": own.strategy_arguments}
     return found
 
