@@ -17,7 +17,14 @@ from torch import nn
 from federation.app.client_state import KEPT, ClientState, check_kept
 from federation.app.config import SettingError, validate
 from federation.app.corrections import ControlVariates, proximal
-from federation.app.strategy import STRATEGIES, aggregate_train, least_models, make_strategy, strategy_state
+from federation.app.strategy import (
+    STRATEGIES,
+    aggregate_train,
+    check_strategy,
+    least_models,
+    make_strategy,
+    strategy_state,
+)
 from federation.app.weights import encoded, from_net, sha256, split
 from federation.launch.prepare import check_federated
 
@@ -443,3 +450,11 @@ def test_shared_and_personal_entries_make_the_whole_model() -> None:
     shared, personal = split(arrays, "1.*")
     assert {*shared} == {"0.weight", "0.bias", "3.weight", "3.bias"} and "1.running_var" in personal
     assert sha256(ArrayRecord({name: ({**shared, **personal})[name] for name in arrays})) == sha256(arrays)
+
+
+def test_a_strategy_that_is_checked_prints_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    config = validate({"fraction-evaluate": 0.0, "strategy": "fedprox", "strategy-arguments": "proximal_mu=0.0"})
+    check_strategy(config)
+    assert caplog.records == []
+    make_strategy(config, {})
+    assert len(caplog.records) == 2, "as Flower's classes do"
