@@ -70,7 +70,11 @@ def forget(folder: Path) -> None:
 def check_kept(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Raise ValueError where a simulation that is to be resumed lacks what its clients have kept."""
     for client, last in last_trained(metrics["rounds"]).items():
-        ClientState(folder / FOLDER, metrics["run"], client).load(last)
+        try:
+            ClientState(folder / FOLDER, metrics["run"], client).load(last)
+        except ValueError:
+            raise ValueError(f"cannot resume {folder}: what client {client} has kept of round {last} is missing or damaged "
+                             f"in {FOLDER}; begin a new run") from None  # fmt: skip
 
 
 def last_trained(rounds: Iterable[Mapping[str, Any]]) -> dict[int, int]:

@@ -174,7 +174,8 @@ class Roster:
         if not copy:
             self._check_own_data(facts, wanted)
         keys = [facts["key"] and facts["key"] + f" {slot}" * bool(slot) for slot in range(len(wanted))]
-        positions = self._assign_partitions(node, wanted, keys, facts["num-partitions"], copy)
+        counted = self.partitions if _is_simulated(facts) else facts["num-partitions"]  # there, those are nodes
+        positions = self._assign_partitions(node, wanted, keys, counted, copy)
         pairs = zip(positions, keys, strict=True)
         return [self._client(position, node, key, facts, copy, len(wanted) > 1) for position, key in pairs]
 
@@ -228,7 +229,7 @@ class Roster:
         places: list[int] = []
         for want, key in zip(wanted, keys, strict=True):
             if want >= 0:
-                self._check_wanted(want, key, counted if len(wanted) == 1 else self.partitions, others)
+                self._check_wanted(want, key, counted, others)
                 places.append(want)
             elif key in self.places and (self.places[key] < self.partitions) == copy:  # or its data have changed since
                 places.append(self.places[key])

@@ -814,7 +814,8 @@ def test_other_data_in_a_simulation_are_an_error(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "clients", "shares"), [(2, 10, [5, 5]), (3, 10, [4, 3, 3]), (1, 4, [4]), (4, 2, [1] * 4)]
+    ("nodes", "clients", "shares"),
+    [(2, 10, [5, 5]), (3, 10, [4, 3, 3]), (1, 4, [4]), (4, 2, [1] * 4), (2, 3, [2, 1]), (8, 10, [2, 2] + [1] * 6)],
 )
 def test_nodes_of_a_simulation_share_the_clients(clock: Clock, nodes: int, clients: int, shares: list[int]) -> None:
     """With more nodes than clients there are as many clients as nodes, as Flower users expect of `flwr run`."""

@@ -368,7 +368,9 @@ def test_a_simulation_whose_clients_have_lost_their_state_is_not_resumed(tmp_pat
         ClientState(folder, "b2", position).save(number, {"personal": record({"w": np.ones(1)})})
     check_kept(tmp_path, {"run": "b2", "rounds": rows})
     ClientState(folder, "b2", 2).path(2).unlink()
-    with pytest.raises(ValueError, match="what this client has kept of round 2 is not in"):
+    with pytest.raises(
+        ValueError, match="what client 2 has kept of round 2 is missing or damaged in client-state; begin a new run"
+    ):
         check_kept(tmp_path, {"run": "b2", "rounds": rows})
 
 
