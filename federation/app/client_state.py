@@ -73,8 +73,8 @@ def check_kept(folder: Path, metrics: Mapping[str, Any]) -> None:
         try:
             ClientState(folder / FOLDER, metrics["run"], client).load(last)
         except ValueError:
-            raise ValueError(f"cannot resume {folder}: what client {client} has kept of round {last} is missing or damaged "
-                             f"in {FOLDER}; begin a new run") from None  # fmt: skip
+            lost = f"what client {client} has kept of round {last} is missing or damaged in {FOLDER}"
+            raise ValueError(f"cannot resume {folder}: {lost}; begin a new run") from None
 
 
 def last_trained(rounds: Iterable[Mapping[str, Any]]) -> dict[int, int]:

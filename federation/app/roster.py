@@ -174,7 +174,8 @@ class Roster:
         if not copy:
             self._check_own_data(facts, wanted)
         keys = [facts["key"] and facts["key"] + f" {slot}" * bool(slot) for slot in range(len(wanted))]
-        counted = self.partitions if _is_simulated(facts) else facts["num-partitions"]  # there, those are nodes
+        shares = _is_simulated(facts) and facts["num-partitions"] < self.partitions  # of which it has more than nodes
+        counted = self.partitions if shares else facts["num-partitions"]
         positions = self._assign_partitions(node, wanted, keys, counted, copy)
         pairs = zip(positions, keys, strict=True)
         return [self._client(position, node, key, facts, copy, len(wanted) > 1) for position, key in pairs]
