@@ -27,7 +27,7 @@ SETTINGS: dict[str, Settings] = {
 PARTITIONS: dict[str, Settings] = {
     "IID": {"partitioner": "iid"},
     "Dirichlet 0.5": {"partitioner": "dirichlet", "alpha": 0.5},
-    "Dirichlet 0.1": {"partitioner": "dirichlet", "alpha": 0.1},
+    "Dirichlet 0.1": {"partitioner": "dirichlet", "alpha": 0.1, "min-partition-size": 2},  # or 100 clients are too many
     "2 labels": {"partitioner": "pathological", "labels-per-client": 2},
 }
 STRATEGIES = {  # with their parameters, chosen by the search
