@@ -1,5 +1,6 @@
 """Each strategy makes what its paper says, and is refused where it cannot; hooks are the losses that they stand for."""
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -455,6 +456,7 @@ def test_shared_and_personal_entries_make_the_whole_model() -> None:
 
 
 def test_a_strategy_that_is_checked_prints_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flwr")  # another test may have muted it
     config = validate({"fraction-evaluate": 0.0, "strategy": "fedprox", "strategy-arguments": "proximal_mu=0.0"})
     check_strategy(config)
     assert caplog.records == []
