@@ -5,7 +5,7 @@ backward passes for one step of its optimizer has the correction in each of them
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,13 @@ def proximal(net: Any, mu: float) -> Iterator[None]:
 
     This is the proximal term of FedProx (Li et al. 2020, equation 2).
     """
-    handles = [parameter.register_hook(_pull(parameter, mu)) for parameter in parameters(net).values()]
+    with _removed([parameter.register_hook(_pull(parameter, mu)) for parameter in parameters(net).values()]):
+        yield
+
+
+@contextmanager
+def _removed(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove hooks at the end of a block."""
     try:
         yield
     finally:
@@ -70,11 +76,8 @@ class ControlVariates:
             if name in self.server:
                 shift = torch.from_numpy(self.server[name] - self.own[name]).to(parameter.dtype)
                 handles.append(parameter.register_hook(self._hook(name, shift)))
-        try:
+        with _removed(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         if not self.steps:
             raise ValueError("train() has made no backward pass through the net that it was given")
 
@@ -88,16 +91,15 @@ class ControlVariates:
 
         return hook
 
-    def renewed(self) -> ArrayRecord:
-        """Return c_i+, the mean gradient; an entry without gradients, such as a buffer, keeps its zeros."""
+    def renewed(self) -> tuple[ArrayRecord, ArrayRecord]:
+        """Return c_i+, the mean gradient, and c_i+ - c_i, which the server adds up.
+
+        An entry without gradients, such as a buffer, keeps its zeros.
+        """
         steps = max(self.steps.values())
         means = {name: (total / steps).float().cpu().numpy() for name, total in self.sums.items()}
-        return _record({name: means.get(name, old) for name, old in self.own.items()})
-
-    def change(self) -> ArrayRecord:
-        """Return c_i+ - c_i, which the server adds up."""
-        new = self.renewed()
-        return _record({name: new[name].numpy() - old for name, old in self.own.items()})
+        new = {name: means.get(name, old) for name, old in self.own.items()}
+        return _record(new), _record({name: new[name] - old for name, old in self.own.items()})
 
 
 def _record(values: Values) -> ArrayRecord:

@@ -135,8 +135,7 @@ class Job:
         if net is not None:
             content["arrays"] = self._share(weights.from_net(net))
         if self.variates:
-            content["variates"] = self.variates.change()
-            self.context.state["variates"] = self.variates.renewed()
+            self.context.state["variates"], content["variates"] = self.variates.renewed()
         return Message(content, reply_to=self.message)
 
     def _share(self, arrays: ArrayRecord) -> ArrayRecord:

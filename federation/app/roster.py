@@ -174,8 +174,7 @@ class Roster:
         if not copy:
             self._check_own_data(facts, wanted)
         keys = [facts["key"] and facts["key"] + f" {slot}" * bool(slot) for slot in range(len(wanted))]
-        shares = _is_simulated(facts) and facts["num-partitions"] < self.partitions  # of which it has more than nodes
-        counted = self.partitions if shares else facts["num-partitions"]
+        counted = self.partitions if self._has_shares(facts) else facts["num-partitions"]
         positions = self._assign_partitions(node, wanted, keys, counted, copy)
         pairs = zip(positions, keys, strict=True)
         return [self._client(position, node, key, facts, copy, len(wanted) > 1) for position, key in pairs]
@@ -219,9 +218,13 @@ class Roster:
         partitions = max(nodes, self.config.num_clients) if simulated else nodes
         if not self.clients and partitions not in (0, self.partitions):
             self.split(partitions)
-        if simulated and self.partitions > nodes:
+        if self._has_shares(facts):
             return list(range(facts["partition-id"], self.partitions, nodes))
         return [facts["partition-id"]] * max(1, facts["clients"])
+
+    def _has_shares(self, facts: dict[str, Any]) -> bool:
+        """Tell whether a node plays its share of the clients of a simulation, which has more of them than nodes."""
+        return _is_simulated(facts) and facts["num-partitions"] < self.partitions
 
     def _assign_partitions(self, node: int, wanted: list[int], keys: list[str], counted: int, copy: bool) -> list[int]:
         """Return a place for each client of a node: the one it wants, its old one, or the first that is free."""
