@@ -26,7 +26,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 import client
-from benchmarks.in_process import FOLDER, load_cells, play, save_cells
+from benchmarks.in_process import load_cells, options, play, save_cells, shortened, spread
 from federation.app import membership
 from federation.app.client_state import keep_state
 from federation.app.config import Settings
@@ -109,8 +109,7 @@ def study(cells: Cells, args: argparse.Namespace) -> None:
         if key not in cells:
             started, (parameters, clients) = time.perf_counter(), STRATEGIES[strategy]
             own = {"strategy": strategy, "strategy-arguments": parameters, "num-clients": clients, "seed": seed}
-            shorter = {"num-server-rounds": args.rounds} if args.rounds else {}
-            metrics = play(COMMON | PARTITIONS[partition] | own | shorter | {"data": args.data}, attacked_app(attack))
+            metrics = play(COMMON | PARTITIONS[partition] | own | shortened(args), attacked_app(attack))
             accuracies = [row["server_accuracy"] for row in metrics["rounds"]]
             cells[key] = {"accuracies": accuracies, "status": metrics["status"]}
             save_cells(args.out, cells)
@@ -130,13 +129,9 @@ def table(cells: Cells, args: argparse.Namespace) -> str:
     for partition in args.partition:
         rows.append(f"| **{partition}**" + " |" * (1 + len(args.attack)))
         for strategy in args.strategy:
-            columns = [shown(results(cells, args, partition, attack, strategy)) for attack in args.attack]
+            columns = [spread(results(cells, args, partition, attack, strategy)) for attack in args.attack]
             rows.append(f"| {strategy} | " + " | ".join(columns) + " |")
     return "\n".join(rows)
-
-
-def shown(values: list[float]) -> str:
-    return (f"{mean(values):.1f}" if values else "-") + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def draw(path: Path, cells: Cells, args: argparse.Namespace) -> None:
@@ -166,13 +161,7 @@ def _bars(panel: Any, found: list[list[float]], number: int, count: int, label: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--data", default="", metavar="DIR", help="as in cifar.py")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    parser.add_argument("--rounds", type=int, metavar="N", help="(default: 8)")
-    for option, choices in (("partition", PARTITIONS), ("attack", ATTACKS), ("strategy", STRATEGIES)):
-        parser.add_argument(f"--{option}", choices=choices, action="append", help="(default: all in turn)")
-    parser.add_argument("--out", type=Path, default=FOLDER / "attacks.json", metavar="FILE")
+    parser = options(__doc__, "attacks", partition=PARTITIONS, attack=ATTACKS, strategy=STRATEGIES)
     args = parser.parse_args()
     args.partition, args.attack = args.partition or list(PARTITIONS), args.attack or ATTACKS
     args.strategy = args.strategy or list(STRATEGIES)

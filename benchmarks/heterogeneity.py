@@ -13,11 +13,11 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.in_process import FOLDER, load_cells, play, save_cells
+from benchmarks.in_process import load_cells, options, play, save_cells, shortened, spread
 from federation.app.config import Settings
 
 SETTINGS: dict[str, Settings] = {
@@ -84,10 +84,6 @@ def given(strategy: str, parameters: str, seed: int) -> Settings:
     return {"strategy": strategy, "strategy-arguments": parameters, "seed": seed}
 
 
-def shortened(args: argparse.Namespace) -> Settings:
-    return {"data": args.data} | ({"num-server-rounds": args.rounds} if args.rounds else {})
-
-
 def every(args: argparse.Namespace) -> list[tuple[str, str, str]]:
     return [(one, part, name) for one in args.setting for part in args.partition for name in args.strategy]
 
@@ -110,19 +106,12 @@ def of_seeds(cells: Cells, setting: str, partition: str, strategy: str, seeds: i
     found = [cells[key] for key in keys if key in cells]
     values = [100 * result(one["accuracies"]) for one in found]
     failed = sum(one["status"] != "finished" for one in found)
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return (f"{mean(values):.1f}{spread}" if values else "-") + f" ({failed} diverged)" * bool(failed)
+    return spread(values) + f" ({failed} diverged)" * bool(failed)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--data", default="", metavar="DIR", help="as in cifar.py")
+    parser = options(__doc__, "heterogeneity", setting=SETTINGS, partition=PARTITIONS, strategy=STRATEGIES)
     parser.add_argument("--search", action="store_true", help="compare parameters of the strategies instead")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    parser.add_argument("--rounds", type=int, metavar="N", help="(default: as above)")
-    for option, choices in (("setting", SETTINGS), ("partition", PARTITIONS), ("strategy", STRATEGIES)):
-        parser.add_argument(f"--{option}", choices=choices, action="append", help="(default: all in turn)")
-    parser.add_argument("--out", type=Path, default=FOLDER / "heterogeneity.json", metavar="FILE")
     args = parser.parse_args()
     args.setting, args.partition = args.setting or list(SETTINGS), args.partition or list(PARTITIONS)
     args.strategy = args.strategy or list(STRATEGIES)

@@ -3,14 +3,17 @@
 A round then takes little longer than its training, on one thread.
 """
 
+import argparse
 import io
 import json
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: more threads mostly wait for one another
@@ -41,6 +44,28 @@ def play(config: Settings, app: ClientApp = client.app) -> dict[str, Any]:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(RuntimeError):
             server.main(grid, Context(1, 0, {}, RecordDict(), own))
         return dict(json.loads(Path(folder, "metrics.json").read_text("utf-8")))
+
+
+def options(description: str, name: str, **choices: Iterable[str]) -> argparse.ArgumentParser:
+    """Return the options of a study with results in `name`.json; `choices` are what it can be limited to."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0], usage="%(prog)s [options]")
+    parser.add_argument("--data", default="", metavar="DIR", help="as in cifar.py")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--rounds", type=int, metavar="N", help="(default: as above)")
+    for option, names in choices.items():
+        parser.add_argument(f"--{option}", choices=list(names), action="append", help="(default: all in turn)")
+    parser.add_argument("--out", type=Path, default=FOLDER / f"{name}.json", metavar="FILE")
+    return parser
+
+
+def shortened(args: argparse.Namespace) -> Settings:
+    """Return the settings that the options of a study change."""
+    return {"data": args.data} | ({"num-server-rounds": args.rounds} if args.rounds else {})
+
+
+def spread(values: list[float]) -> str:
+    """Return the mean, and the standard deviation if there is one."""
+    return (f"{mean(values):.1f}" if values else "-") + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def load_cells(path: Path) -> dict[str, Any]:

@@ -11,11 +11,10 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.in_process import FOLDER, Settings, load_cells, play, save_cells
+from benchmarks.in_process import Settings, load_cells, options, play, save_cells, shortened, spread
 
 COMMON: Settings = {
     "task": "benchmarks.small_cifar", "num-clients": 10, "num-server-rounds": 16, "learning-rate": 0.02,
@@ -44,15 +43,11 @@ def study(cells: dict[str, Any], path: Path, args: argparse.Namespace) -> None:
         for row in args.row:
             if f"{row}, {seed}" not in cells:
                 started = time.perf_counter()
-                metrics = play(COMMON | ROWS[row] | {"seed": seed, "data": args.data} | shortened(args))
+                metrics = play(COMMON | ROWS[row] | {"seed": seed} | shortened(args))
                 found = {side: metrics["rounds"][-1][side] for side in SIDES}
                 cells[f"{row}, {seed}"] = {**found, "seconds": round(time.perf_counter() - started, 1)}
                 save_cells(path, cells)
                 print(f"{row}, seed {seed}: {found}", flush=True)
-
-
-def shortened(args: argparse.Namespace) -> Settings:
-    return {"num-server-rounds": args.rounds} if args.rounds else {}
 
 
 def table(cells: dict[str, Any], args: argparse.Namespace) -> str:
@@ -65,18 +60,8 @@ def table(cells: dict[str, Any], args: argparse.Namespace) -> str:
     return "\n".join(rows)
 
 
-def spread(values: list[float]) -> str:
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--data", default="", metavar="DIR", help="as in cifar.py")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    parser.add_argument("--rounds", type=int, metavar="N", help="(default: as above)")
-    parser.add_argument("--row", choices=ROWS, action="append", help="(default: all in turn)")
-    parser.add_argument("--out", type=Path, default=FOLDER / "rounds.json", metavar="FILE")
-    args = parser.parse_args()
+    args = options(__doc__, "rounds", row=ROWS).parse_args()
     args.row = args.row or list(ROWS)
     cells = load_cells(args.out)
     study(cells, args.out, args)

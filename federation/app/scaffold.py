@@ -9,6 +9,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
+from federation.app.mixing import mean
+
 
 class Scaffold(FedAvg):
     """SCAFFOLD's server, with option II of its clients, for which see corrections.py.
@@ -46,20 +48,15 @@ class Scaffold(FedAvg):
             return None, None
         models = [content.array_records["arrays"] for content in contents]
         changes = [content.array_records["variates"] for content in contents]
+        shift = mean(changes, [1 / self.num_clients] * len(changes))
+        average = mean(models, [1 / len(models)] * len(models))
         for name, value in self.variates.items():
-            self.variates[name] = np.asarray(value + _sum(name, changes) / self.num_clients, value.dtype)
-        means = {name: _sum(name, models) / len(models) for name in self.model}
-        new = {name: old + self.server_learning_rate * (means[name] - old) for name, old in self.model.items()}
+            self.variates[name] = np.asarray(value + shift[name].numpy(), value.dtype)
+        new = {
+            name: old + self.server_learning_rate * (average[name].numpy() - old) for name, old in self.model.items()
+        }
         metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
         return ArrayRecord({name: Array(np.asarray(value)) for name, value in new.items()}), metrics
-
-
-def _sum(name: str, records: list[ArrayRecord]) -> NDArray[Any]:
-    """Return the sum of an entry over the clients, in double precision."""
-    total: NDArray[Any] = np.zeros(records[0][name].shape)
-    for record in records:
-        total = total + record[name].numpy()
-    return total
 
 
 def _is_real(value: NDArray[Any]) -> bool:
