@@ -34,12 +34,18 @@ STRATEGIES = {  # with their parameters, chosen by the search
     "fedavg": "",
     "fedprox": "proximal_mu=0.01",
     "fedavgm": "server_momentum=0.5",
+    "fedadagrad": "eta=0.01",
     "fedadam": "eta=0.03",
+    "fedyogi": "eta=0.03",
+    "qfedavg": "q=0.1",
     "scaffold": "",
 }
 SEARCH = [  # with the first setting, Dirichlet 0.5 and seed 0
     ("fedprox", "proximal_mu=0.01"), ("fedprox", "proximal_mu=0.1"), ("fedavgm", "server_momentum=0.5"),
-    ("fedavgm", "server_momentum=0.9"), ("fedadam", "eta=0.003"), ("fedadam", "eta=0.01"), ("fedadam", "eta=0.03"),
+    ("fedavgm", "server_momentum=0.9"), ("fedadagrad", "eta=0.003"), ("fedadagrad", "eta=0.01"),
+    ("fedadagrad", "eta=0.03"), ("fedadagrad", "eta=0.1"), ("fedadam", "eta=0.003"), ("fedadam", "eta=0.01"),
+    ("fedadam", "eta=0.03"), ("fedyogi", "eta=0.01"), ("fedyogi", "eta=0.03"), ("fedyogi", "eta=0.1"),
+    ("qfedavg", "q=0.001"), ("qfedavg", "q=0.01"), ("qfedavg", "q=0.1"), ("qfedavg", "q=1.0"),
 ]  # fmt: skip
 COMMON: Settings = {"task": "benchmarks.small_cifar", "learning-rate": 0.02, "fraction-evaluate": 0.0}
 LAST = 5  # rounds, the accuracies of which make a result

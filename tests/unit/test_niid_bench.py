@@ -14,6 +14,7 @@ import cifar
 from benchmarks import niid_bench
 from cifar_data import embedded_data
 from federation.app.config import choices
+from federation.app.strategy import STRATEGIES
 from federation.app.task import load_task
 
 
@@ -182,12 +183,19 @@ def test_it_is_a_task_with_the_network_and_the_data_of_cifar() -> None:
     assert task.test is niid_bench.test is not cifar.test
 
 
-def test_a_line_of_the_table_is_that_of_the_best_round(tmp_path: Path) -> None:
-    args = argparse.Namespace(out=tmp_path, seed=3)
-    out = niid_bench.folder("iid", args)
-    assert out == tmp_path / "iid-3" and set(niid_bench.PUBLISHED) <= set(choices("partitioner"))
+def test_the_table_has_the_best_round_of_each_run_that_has_begun(tmp_path: Path) -> None:
+    args = argparse.Namespace(out=tmp_path, seed=3, partitioner="dirichlet", strategy=None)
+    assert niid_bench.chosen(args) == [("dirichlet", name) for name in ("fedavg", "fedprox", "scaffold")]
+    out = niid_bench.folder("dirichlet", "scaffold", args)
+    assert out == tmp_path / "dirichlet-scaffold-3"
     out.mkdir()
     accuracies = [0.1, 0.55556, 0.7, 0.7, 0.65]
     rounds = [{"round": number, "server_accuracy": accuracy} for number, accuracy in enumerate(accuracies)]
     (out / "metrics.json").write_text(json.dumps({"rounds": rounds}))
-    assert niid_bench.summary("iid", out).split() == ["iid", "4", "70.00", "2", "71.32", "±", "0.33"]
+    assert niid_bench.table(args).splitlines()[2:] == ["| dirichlet | scaffold | 4 | 70.00 | 2 | 68.08 |"]
+
+
+@pytest.mark.parametrize("case", niid_bench.RUNS)
+def test_each_run_is_of_this_project(case: tuple[str, str]) -> None:
+    partitioner, strategy = case
+    assert partitioner in choices("partitioner") and strategy in STRATEGIES
