@@ -133,7 +133,13 @@ def find(name: str) -> Row:
         raise SettingError(
             f"strategy={name!r} is none of: {known}; nor the dotted name of a class of Flower's Strategy"
         )
-    return Row(made, state=tuple(getattr(made, "state", ())), bounded=False)
+    return _row_of(made)
+
+
+def _row_of(made: type[Strategy]) -> Row:
+    """Return the row of a class: of the table, or a new one for a class of the user's own."""
+    rows = [row for row in STRATEGIES.values() if row.make is made]
+    return rows[0] if rows else Row(made, state=tuple(getattr(made, "state", ())), bounded=False)
 
 
 def arguments(config: RunConfig) -> dict[str, Any]:
@@ -173,17 +179,12 @@ def strategy_state(strategy: Strategy) -> dict[str, ArrayRecord]:
     if isinstance(strategy, Private):
         return strategy_state(strategy.strategy) | {RECORD: strategy.to_record()}
     records = {}
-    for name in _row_of(strategy).state:
+    for name in _row_of(type(strategy)).state:
         if (held := getattr(strategy, name, None)) is not None:
             pairs = held.items() if isinstance(held, Mapping) else zip(map(str, range(len(held))), held, strict=True)
             kind = "" if isinstance(held, Mapping) else " list"
             records[name + kind] = ArrayRecord({key: Array(np.asarray(value)) for key, value in pairs})
     return records
-
-
-def _row_of(strategy: Strategy) -> Row:
-    rows = [row for row in STRATEGIES.values() if row.make is type(strategy)]
-    return rows[0] if rows else Row(type(strategy), state=tuple(getattr(strategy, "state", ())))
 
 
 def aggregate_train(
@@ -194,7 +195,7 @@ def aggregate_train(
     Its entries keep the dtypes that they had `before`. Raises RuntimeError where one is not finite.
     """
     arrays, averaged = strategy.aggregate_train(server_round, replies)
-    vars(strategy).update(dict.fromkeys(_row_of(strategy).renewed))
+    vars(strategy).update(dict.fromkeys(_row_of(type(strategy)).renewed))
     if arrays is None or averaged is None:
         raise RuntimeError(f"round {server_round}: {type(strategy).__name__} made no model of {len(replies)} good ones")
     arrays = ArrayRecord({**before, **restore_dtypes(before, arrays)})  # personal entries have no mean
