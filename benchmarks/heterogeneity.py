@@ -37,7 +37,7 @@ STRATEGIES = {  # with their parameters, chosen by the search
     "fedadagrad": "eta=0.01",
     "fedadam": "eta=0.03",
     "fedyogi": "eta=0.03",
-    "qfedavg": "q=0.1",
+    "qfedavg": "q=0.001",
     "scaffold": "",
 }
 SEARCH = [  # with the first setting, Dirichlet 0.5 and seed 0
