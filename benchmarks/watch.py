@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
@@ -17,7 +17,8 @@ KINDS = {  # by what the name of a process or its command line has in it; the fi
     "/ray/": "Ray", "stand_in.py": "launchers", "flwr": "launchers", "server.py": "launchers", "client.py": "launchers",
 }  # fmt: skip
 MB = 1e6
-Sample = dict[str, Any]  # "seconds" since the start, and by kind: "count", "pss" and "largest" in MB, "cpu" in seconds
+Sample = dict[str, Any]  # "seconds" since the start, the "round", and by kind: "pss" in MB, "cpu" in seconds
+Points = list[tuple[float, float]]
 
 
 def kind(process: psutil.Process) -> str:
@@ -31,13 +32,12 @@ def kind(process: psutil.Process) -> str:
 class Watcher:
     """Samples some processes, and all that they start, in a thread until the end of a `with` block."""
 
-    def __init__(self, roots: Iterable[int], interval: float) -> None:
+    def __init__(self, roots: Iterable[int], interval: float, current_round: Callable[[], int] = lambda: 0) -> None:
         """`roots` are process ids; `interval` is in seconds, from the end of a sample to the next."""
-        self.roots, self.interval = list(roots), interval
+        self.roots, self.interval, self.current_round = list(roots), interval, current_round
         self.samples: list[Sample] = []
         self.peaks: dict[str, float] = {}  # MB: the largest that a single process of a kind has ever been
         self.cpu: dict[tuple[int, float], tuple[str, float]] = {}  # of each process, also of those that have ended
-        self.kinds: dict[tuple[int, float], str] = {}
         self.ended = Event()
         self.thread = Thread(target=self._watch, daemon=True)
 
@@ -56,13 +56,13 @@ class Watcher:
             self.ended.wait(self.interval)
 
     def _sample(self) -> Sample:
-        sample: Sample = {"seconds": round(time.perf_counter() - self.started, 2)}
+        sample: Sample = {"seconds": time.perf_counter() - self.started, "round": self.current_round()}
         for process in self._processes():
             with suppress(psutil.Error, OSError):  # it has ended meanwhile
                 self._add(process, sample)
         for name, spent in self.cpu.values():
             if name in sample:
-                sample[name]["cpu"] = sample[name].get("cpu", 0.0) + spent
+                sample[name]["cpu"] += spent
         return sample
 
     def _processes(self) -> list[psutil.Process]:
@@ -74,19 +74,12 @@ class Watcher:
 
     def _add(self, process: psutil.Process, sample: Sample) -> None:
         identity = process.pid, process.create_time()
-        name = self._kind(identity, process)
+        name = kind(process)
         memory, spent = process.memory_full_info().pss / MB, sum(process.cpu_times()[:2])
         self.cpu[identity] = name, spent
-        entry = sample.setdefault(name, {"count": 0, "pss": 0.0, "largest": 0.0})
-        entry |= {"count": entry["count"] + 1, "pss": entry["pss"] + memory, "largest": max(entry["largest"], memory)}
+        entry = sample.setdefault(name, {"pss": 0.0, "cpu": 0.0})
+        entry["pss"] += memory
         self.peaks[name] = max(self.peaks.get(name, 0.0), peak(process.pid))
-
-    def _kind(self, identity: tuple[int, float], process: psutil.Process) -> str:
-        """Return the kind of a process, which it gets soon after its start, and keeps."""
-        name = self.kinds.get(identity) or kind(process)
-        if name not in ("fork server", "other", "launchers"):
-            self.kinds[identity] = name
-        return name
 
     # ------------------------------------------------------------------------------------------------------ results
 
@@ -96,20 +89,21 @@ class Watcher:
 
     def peak_of(self) -> dict[str, float]:
         """Return the peak of the sum over the processes of each kind, in MB of proportional set size."""
-        names = {name for sample in self.samples for name in entries(sample)}
-        return {name: max(entries(one).get(name, {}).get("pss", 0.0) for one in self.samples) for name in sorted(names)}
+        held = ((name, [one[name]["pss"] for one in self.samples if name in one]) for name in self.kinds_seen())
+        return {name: max(values) for name, values in held}
 
-    def cpu_of(self) -> dict[str, float]:
-        """Return the CPU seconds of each kind of process, without what a process used after its last sample."""
-        used: dict[str, float] = {}
-        for name, spent in self.cpu.values():
-            used[name] = used.get(name, 0.0) + spent
-        return used
+    def series(self, name: str, value: str, first: int = 1) -> Points:
+        """Return the round and a value of a kind of processes in each sample from a round on."""
+        found = [one for one in self.samples if one["round"] >= first and name in one]
+        return [(one["round"], one[name][value]) for one in found]
+
+    def kinds_seen(self) -> list[str]:
+        return sorted({name for sample in self.samples for name in entries(sample)})
 
 
 def entries(sample: Sample) -> dict[str, dict[str, float]]:
     """Return what a sample says, by kind of process."""
-    return {name: value for name, value in sample.items() if name != "seconds"}
+    return {name: value for name, value in sample.items() if name not in ("seconds", "round")}
 
 
 def peak(pid: int) -> float:
@@ -118,7 +112,7 @@ def peak(pid: int) -> float:
     return next((int(line.split()[1]) * 1024 / MB for line in lines if line.startswith("VmHWM")), 0.0)
 
 
-def slope(points: list[tuple[float, float]]) -> float:
+def slope(points: Points) -> float:
     """Return the slope of the straight line through points, by the median of all pairs' slopes (Theil and Sen).
 
     A few points that are far from the line, such as peaks within a round, do not change it.

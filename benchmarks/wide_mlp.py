@@ -15,7 +15,7 @@ INPUTS, CLASSES = 1024, 10
 Data = tuple[Tensor, Tensor]
 
 
-def Net() -> nn.Module:  # noqa: N802 (the name that a task has to have)
+def Net() -> nn.Module:
     width = width_of(int(os.environ.get("PARAMETERS", "62000")))
     return nn.Sequential(
         nn.Linear(INPUTS, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES)
