@@ -351,7 +351,7 @@ def sha256(arrays: ArrayRecord) -> str:
     digest = hashlib.sha256()
     for value in map(decoded, arrays.values()):
         ordered = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))  # of one dimension at least
-        digest.update(ordered.view(np.uint8))
+        digest.update(ordered.view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -104,7 +104,7 @@ def test_an_entry_with_bytes_that_do_not_belong_to_it_is_encoded_anew() -> None:
     padded = Array(plain.dtype, plain.shape, plain.stype, plain.data + bytes(100))
     old = ArrayRecord({"w": plain})
     assert weights.restore_dtypes(old, ArrayRecord({"w": padded}))["w"].data == plain.data
-    assert weights.restore_dtypes(old, old)["w"] is plain
+    assert weights.restore_dtypes(old, old)["w"].data is plain.data
 
 
 # ----------------------------------------------------------------------------------------------------------- the study
