@@ -61,9 +61,9 @@ class Case:
     checkout: Path = ROOT
 
 
-def measure(case: Case) -> Cell:
-    """Run a case and return what it took. Raises LaunchError where it fails."""
-    out, address = FOLDER / "growth", f"127.0.0.1:{free_port()}"
+def measure(case: Case, out: Path) -> Cell:
+    """Run a case in the run folder `out` and return what it took. Raises LaunchError where it fails."""
+    address = f"127.0.0.1:{free_port()}"
     shutil.rmtree(out, ignore_errors=True)
     where = ["--address", address, "--clients", str(case.sites)] if case.sites else []
     server = [str(case.checkout / "server.py"), "--out", str(out), "--rounds", str(case.rounds), *where, *case.options]
@@ -103,7 +103,7 @@ def summary(metrics: dict[str, Any], watcher: Watcher) -> Cell:
     kinds, late = watcher.kinds_seen(), max(2, len(rows) // 5)
     return {
         "seconds": statistics.median(row["seconds"] for row in rows[1:] or rows),
-        "samples": rows[-1]["samples"], "accuracy": rows[-1]["server_accuracy"],
+        "samples": sum(rows[-1]["samples"]), "accuracy": rows[-1]["server_accuracy"],
         "bytes": rows[-1]["bytes_down"] + rows[-1]["bytes_up"], "sha256": metrics["final_weights_sha256"],
         "memory": watcher.peak_sum(), "memory_of": watcher.peak_of(), "largest": watcher.peaks,
         "cpu": {kind: slope(watcher.series(kind, "cpu")) for kind in kinds},
@@ -232,12 +232,12 @@ def read_options() -> argparse.Namespace:
 def command() -> int:
     args = read_options()
     part, table = PARTS[args.part]
-    args.out = args.out or FOLDER / f"growth-{args.part}{'-smoke' * args.smoke}.json"
+    args.out = (args.out or FOLDER / f"growth-{args.part}{'-smoke' * args.smoke}.json").absolute()
     os.environ.pop("PYTHONPATH", None)  # each checkout imports its own files
     cells = load_cells(args.out)
     for name, case in part(args):
         if name not in cells:
-            cells[name] = measure(case)
+            cells[name] = measure(case, args.out.with_suffix(""))
             save_cells(args.out, cells)
             print(f"{args.part}: {name}: {cells[name]['seconds']:.2f} s per round, {cells[name]['memory']:.0f} MB",
                   flush=True)  # fmt: skip

@@ -162,7 +162,7 @@ def test_the_table_shows_what_was_measured_and_nothing_is_measured_twice(
 ) -> None:
     measured = []
     cell = CELL | {"memory_of": CELL["memory_of"] | {"server": 100.0}} if part == "rounds" else CELL  # type: ignore[operator]
-    monkeypatch.setattr(growth, "measure", lambda case: measured.append(case) or cell)
+    monkeypatch.setattr(growth, "measure", lambda case, out: measured.append(case) or cell)
     monkeypatch.setattr(sys, "argv", ["growth.py", part, "--out", str(tmp_path / "cells.json")])
     assert growth.command() == 0
     first, count = capsys.readouterr().out, len(measured)
