@@ -1,7 +1,7 @@
 """Measure how the cost of a run grows with its clients, its sites, its model and its rounds.
 
     python benchmarks/growth.py clients --data DIR       # 10 to 10,000 simulated clients
-    python benchmarks/growth.py sites                    # 10, 50 and 100 SuperNodes on this machine
+    python benchmarks/growth.py sites                    # 10, 25 and 40 SuperNodes on this machine
     python benchmarks/growth.py models --baseline DIR    # 62 thousand to 25 million parameters
     python benchmarks/growth.py rounds                   # 300 rounds, in terminals and simulated
 
@@ -43,7 +43,7 @@ Cells = dict[str, Any]
 Cell = dict[str, Any]
 STARTING = 4  # sites at a time
 BOUND = 5.0  # MB in 100 rounds
-SITES, SIZES = (10, 50, 100), (62_000, 1_000_000, 5_000_000, 25_000_000)
+SITES, SIZES = (10, 25, 40), (62_000, 1_000_000, 5_000_000, 25_000_000)
 CLIENTS = {"10": (10, 0), "100": (100, 0), "1,000": (1000, 0), "10,000": (10_000, 100)}  # and how many are sampled
 NO_EVALUATION = "fraction-evaluate=0"
 OF_A_SITE = ("SuperNode", "SuperExec", "client", "fork server", "launchers")
@@ -221,7 +221,9 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s PART [options]")
     parser.add_argument("part", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--data", default="embedded", metavar="DIR", help="as in cifar.py (default: embedded)")
-    parser.add_argument("--sites", type=int, nargs="*", metavar="N", help="(default: 10 50 100)")
+    parser.add_argument(
+        "--sites", type=int, nargs="*", metavar="N", help="(default: 10 25 40; a site takes up to 0.45 GB)"
+    )
     parser.add_argument("--rounds", type=int, default=300, metavar="N", help="of the part of that name (default: 300)")
     parser.add_argument("--baseline", type=Path, metavar="DIR", help="a checkout to compare with")
     parser.add_argument("--smoke", action="store_true", help="one small run")
