@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from federation.app.run_folder import write_atomically
-from federation.app.weights import encoded
+from federation.app.weights import encoded, view
 
 Records = dict[str, ArrayRecord]
 
@@ -18,9 +18,9 @@ Records = dict[str, ArrayRecord]
 def write_archive(path: Path, header: Mapping[str, Any], records: Mapping[str, ArrayRecord]) -> None:
     """Write a header and records to one file, so that they are always consistent."""
     dtypes = {key: {name: array.dtype for name, array in record.items()} for key, record in records.items()}
-    values = [array.numpy() for record in records.values() for array in record.values()]
+    values = [view(array) for record in records.values() for array in record.values()]
     np.savez(archive := io.BytesIO(), np.array(json.dumps({**header, "dtypes": dtypes})), *values)
-    write_atomically(path, lambda unfinished: unfinished.write_bytes(archive.getvalue()))
+    write_atomically(path, lambda unfinished: unfinished.write_bytes(archive.getbuffer()))
 
 
 def read_archive(path: Path) -> tuple[dict[str, Any], Records]:

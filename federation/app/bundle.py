@@ -105,5 +105,8 @@ def _split(array: Array) -> list[Array]:
     size = len(array.data) // max(1, count)
     if size * count != len(array.data) or not array.stype.startswith(JOINED):
         raise ValueError(f"damaged bundle of messages: {len(array.data)} bytes for {count} arrays")
-    stype, data = array.stype.removeprefix(JOINED), memoryview(array.data)
+    stype = array.stype.removeprefix(JOINED)
+    if count == 1:
+        return [Array(array.dtype, tuple(shape), stype, array.data)]  # a model may be large
+    data = memoryview(array.data)
     return [Array(array.dtype, tuple(shape), stype, bytes(data[i * size : (i + 1) * size])) for i in range(count)]

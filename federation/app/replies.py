@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, Message, MessageType
 
 from federation.app import metrics
 from federation.app.console import one_line
-from federation.app.weights import check_compatible, stored_dtype
+from federation.app.weights import check_compatible, stored_dtype, view
 
 LOSS = {MessageType.TRAIN: "train-loss", MessageType.EVALUATE: "loss"}  # as a reply calls it
 MOST_METRICS = 100  # of a client
@@ -64,7 +64,7 @@ def _check_arrays(arrays: ArrayRecord, expected: ArrayRecord) -> None:
         raise ValueError(f"its arrays come in the order {list(arrays)}, not {list(expected)}")
     for name, array in arrays.items():
         try:
-            values = array.numpy()
+            values = view(array)
             found = values.shape, values.dtype  # an archive of arrays has neither
         except Exception as error:  # whatever the bytes of a stranger bring about
             raise ValueError(f"{name} cannot be read: {one_line(error)}") from None

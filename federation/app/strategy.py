@@ -22,7 +22,7 @@ from federation.app.gossip import Gossip
 from federation.app.privacy import RECORD, Private, protect
 from federation.app.scaffold import Scaffold
 from federation.app.task import add_task_folders
-from federation.app.weights import restore_dtypes
+from federation.app.weights import restore_dtypes, view
 
 Arguments = Mapping[str, Any]
 Limits = tuple[float, float]
@@ -222,5 +222,5 @@ def aggregate_evaluate(
 def check_finite(arrays: ArrayRecord) -> None:
     """Raise RuntimeError where a global model has an entry that is not finite: the sum of large numbers can be."""
     for name, array in arrays.items():
-        if not np.isfinite(array.numpy()).all():
+        if not np.isfinite(view(array)).all():
             raise RuntimeError(f"{name} of the new global model is not finite; a smaller learning rate may help")

@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 from federation.app.console import one_line
 
 Values = Mapping[str, NDArray[Any]]
+HEADERS = {  # how to read what stands before the values of an array, by the bytes with which that begins
+    np.lib.format.magic(1, 0): np.lib.format.read_array_header_1_0,
+    np.lib.format.magic(2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 class Framework(Protocol):
@@ -213,12 +217,12 @@ def to_net(arrays: ArrayRecord, net: Any) -> None:
     """Copy `arrays` into `net`. Raises ValueError if a name, a shape or a dtype does not match."""
     held = {name: (str(value.dtype), value.shape) for name, value in _federated(net).items()}
     _compare(_layout(arrays), held)
-    framework(net).write(net, _values(arrays))
+    framework(net).write(net, {name: value.copy("K") for name, value in _values(arrays).items()})
 
 
 def save_arrays(arrays: ArrayRecord, path: Path) -> None:
     """Write a model that no framework is needed to read: a NumPy archive, in the model's own order."""
-    values: dict[str, Any] = {name: array.numpy() for name, array in arrays.items()}
+    values: dict[str, Any] = {name: view(array) for name, array in arrays.items()}
     np.savez(path, **values)
 
 
@@ -266,10 +270,10 @@ _last: list[tuple[weakref.ref[ArrayRecord], Values]] = []
 def _values(arrays: ArrayRecord) -> Values:
     """Return the values of `arrays`. The clients of a node share a global model, which is read for the first of them.
 
-    They are kept as long as the record itself, and no longer: a model may be large.
+    They are kept as long as the record itself, and no longer.
     """
     if not _last or _last[0][0]() is not arrays:
-        values = {name: array.numpy() for name, array in arrays.items()}
+        values = {name: view(array) for name, array in arrays.items()}
         _last[:] = [(weakref.ref(arrays, lambda _: _last.clear()), values)]
     return _last[0][1]
 
@@ -308,23 +312,46 @@ def stored_dtype(dtype: Any) -> np.dtype[Any]:
     return np.dtype(np.float32) if np.dtype(dtype).isbuiltin == 2 else np.dtype(dtype)
 
 
+def view(array: Array) -> NDArray[Any]:
+    """Return an Array's values as they are stored, read-only: no copy of its bytes, which `array.numpy()` would make.
+
+    Raises what `array.numpy()` raises, or TypeError where there are too few bytes.
+    """
+    header = io.BytesIO(array.data)
+    reader = HEADERS.get(array.data[: np.lib.format.MAGIC_LEN])
+    if reader is None or array.stype != "numpy.ndarray":
+        return array.numpy()
+    header.seek(np.lib.format.MAGIC_LEN)
+    shape, by_column, dtype = reader(header)
+    if dtype.hasobject:
+        return array.numpy()  # which refuses it
+    return np.ndarray(shape, dtype, array.data, header.tell(), order="F" if by_column else "C")
+
+
 def decoded(array: Array) -> NDArray[Any]:
-    """Return an Array's values in their own dtype."""
-    return array.numpy().astype(array.dtype, copy=False)
+    """Return an Array's values in their own dtype. They may be read-only."""
+    return view(array).astype(array.dtype, copy=False)
 
 
 def restore_dtypes(old: ArrayRecord, new: ArrayRecord) -> ArrayRecord:
     """Return `new` with the dtypes of `old`: the weighted mean of integers, such as counters, is a float."""
-    pairs = ((name, array.numpy(), np.dtype(old[name].dtype)) for name, array in new.items())
-    whole = ((name, np.rint(mean) if dtype.kind in "biu" else mean, dtype) for name, mean, dtype in pairs)
-    return ArrayRecord({name: encoded(np.asarray(mean, dtype)) for name, mean, dtype in whole})
+    return ArrayRecord({name: _restored(old[name], array) for name, array in new.items()})
+
+
+def _restored(old: Array, new: Array) -> Array:
+    dtype = np.dtype(old.dtype)
+    if new.dtype == old.dtype and len(new.data) == len(old.data) and stored_dtype(dtype) == dtype:
+        return new  # as most are, and a model may be large
+    mean = view(new)
+    return encoded(np.asarray(np.rint(mean) if dtype.kind in "biu" else mean, dtype))
 
 
 def sha256(arrays: ArrayRecord) -> str:
     """Digest the raw little-endian bytes of all arrays, in the model's own order."""
     digest = hashlib.sha256()
     for value in map(decoded, arrays.values()):
-        digest.update(np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes())
+        ordered = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))  # of one dimension at least
+        digest.update(ordered.view(np.uint8).data)
     return digest.hexdigest()
 
 
