@@ -157,7 +157,8 @@ def draw(path: Path, cells: Cells, args: argparse.Namespace) -> None:
                 _curve(panel, name.partition(", ")[2], ROWS[name], [100 * value for value in cell["accuracies"][1:]])
         panel.set(title=network, xscale="log", xlabel="round", ylabel="test accuracy, %", ylim=(80, 100.5))
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False, loc="lower right")
+        if panel.lines:
+            panel.legend(frameon=False, loc="lower right")
     write_atomically(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from benchmarks import pfl_task
-from benchmarks.harness import ROOT, LaunchError, federate, process_group, start
+from benchmarks.harness import ROOT, LaunchError, federate, process_group, relay
 from benchmarks.in_process import FOLDER, Settings, load_cells, play_in, save_cells
 from federation.app import weights
 from federation.app.checkpoint import load_checkpoint
@@ -77,7 +77,8 @@ def theirs(cells: Cells, args: argparse.Namespace, until: int) -> None:
     cell = cells.setdefault("theirs", {"accuracies": {}, "rounds": 0, "cpu_seconds": 0.0})
     rounds, cpu_seconds = run_peer(args.out.with_suffix("") / "theirs", args, until)
     cell["rounds"] = len(rounds) - 1
-    cell["accuracies"] = {str(row["round"]): row["server_accuracy"] for row in rounds if row["server_accuracy"]}
+    found = {str(row["round"]): row["server_accuracy"] for row in rounds}
+    cell["accuracies"] = {number: accuracy for number, accuracy in found.items() if accuracy is not None}
     note(cells, "theirs", args, cpu_seconds)
 
 
@@ -91,7 +92,9 @@ def run_peer(folder: Path, args: argparse.Namespace, rounds: int) -> tuple[list[
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
     before = children_seconds()
     with process_group(folder / "log.txt", environment, warm_starts=False) as processes:
-        if start(processes, *command).wait():
+        process = processes.start(*command)
+        relay(process, processes.log)
+        if process.wait():
             raise LaunchError(f"pfl-research: {processes.last_error()}")
     return list(load_cells(folder / "metrics.json")["rounds"]), children_seconds() - before
 
