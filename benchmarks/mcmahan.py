@@ -52,7 +52,7 @@ ROWS = {
     "CNN, IID": Row("cnn", "iid", 5, 0.99, (20, 18), search=3, slice=1),
     "CNN, shards": Row("cnn", "shards", 5, 0.99, (229, 206), search=15, slice=3),
 }
-RATES = [0.0215, 0.0464, 0.1, 0.215]
+RATES = [0.0215, 0.0464, 0.1, 0.215, 0.464]
 SMOKE = {"data": "embedded", "row": ["2NN, shards", "CNN, IID"], "rates": [0.0464], "search": 1, "rounds": 1}
 LIMIT = 2  # times as many rounds as published
 COLOURS = {"IID": "#0072b2", "shards": "#d55e00"}  # Okabe and Ito 2008
@@ -150,15 +150,16 @@ def draw(path: Path, cells: Cells, args: argparse.Namespace) -> None:
     """Draw the accuracy of each row against the rounds, with its target and the published rounds to it."""
     from matplotlib.figure import Figure  # here, because it takes a second
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     for panel, network in zip(figure.subplots(1, 2), ("2NN", "CNN"), strict=True):
         for name in (name for name in args.row if name.startswith(network)):
             if cell := cells.get(key_of(name, best_rate(cells, args, name), args)):
                 _curve(panel, name.partition(", ")[2], ROWS[name], [100 * value for value in cell["accuracies"][1:]])
         panel.set(title=network, xscale="log", xlabel="round", ylabel="test accuracy, %", ylim=(80, 100.5))
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
         if panel.lines:
-            panel.legend(frameon=False, loc="lower right")
+            panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     write_atomically(path, lambda unfinished: figure.savefig(unfinished, dpi=120))
 
 

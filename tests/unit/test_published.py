@@ -205,14 +205,14 @@ def test_the_best_rate_of_the_search_is_continued_to_the_target(
     def play(_: Path, config: dict[str, Any]) -> dict[str, Any]:
         rate, rounds = config["learning-rate"], config["num-server-rounds"]
         played.append((rate, rounds))
-        step = {0.0215: 0.004, 0.0464: 0.008, 0.1: 0.02, 0.215: 0.0}[rate]
+        step = {0.0215: 0.004, 0.0464: 0.008, 0.1: 0.02, 0.215: 0.01, 0.464: 0.0}[rate]
         rows = [{"server_accuracy": 0.1 if number == 0 else 0.2 + step * number} for number in range(rounds + 1)]
-        return {"rounds": rows, "status": "failed" if rate == 0.215 else "finished"}
+        return {"rounds": rows, "status": "failed" if rate == 0.464 else "finished"}
 
     monkeypatch.setattr(mcmahan, "play_in", play)
     options = ["--data", "mnist.npz", "--row", "2NN, IID", "--out", str(tmp_path / "cells.json")]
     text = run(mcmahan.main, *options)
-    assert played == [(0.0215, 20), (0.0464, 20), (0.1, 20), (0.215, 20), (0.1, 40)]
+    assert played == [(0.0215, 20), (0.0464, 20), (0.1, 20), (0.215, 20), (0.464, 20), (0.1, 40)]
     assert text.splitlines()[-1].startswith("| 2NN, IID | 97 % | 87 | 38.5 | 0.44 | 0.1 |")
     played.clear()
     assert run(mcmahan.main, *options).splitlines()[-1] == text.splitlines()[-1] and not played
