@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 import client
 import server
 from benchmarks.cells import FOLDER, load_cells, save_cells
+from federation.app.checkpoint import checkpoints
 from federation.app.config import Settings
 from tests.in_memory import InMemoryGrid, in_a_run
 
@@ -37,13 +38,19 @@ def play(config: Settings, app: ClientApp = client.app) -> dict[str, Any]:
     One node with `app` plays all clients. A run that fails, because its model is not finite or because too few of the
     clients' models are good, is of the status "failed", with the rounds that it finished.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return play_in(Path(folder), config, app)
+
+
+def play_in(folder: Path, config: Settings, app: ClientApp = client.app) -> dict[str, Any]:
+    """Run the federation of `config` in a run folder as `play` does, or continue with the one that is there."""
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder, in_a_run():
-        own = {**config, "out": folder}
+    own = {**config, "out": str(folder.absolute()), "resume": bool(checkpoints(folder))}
+    with in_a_run():
         grid = InMemoryGrid(own, {1: {"partition-id": 0, "num-partitions": 1}}, app=app)
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), suppress(RuntimeError):
             server.main(grid, Context(1, 0, {}, RecordDict(), own))
-        return dict(json.loads(Path(folder, "metrics.json").read_text("utf-8")))
+    return dict(json.loads((folder / "metrics.json").read_text("utf-8")))
 
 
 def options(description: str, name: str, **choices: Iterable[str]) -> argparse.ArgumentParser:
