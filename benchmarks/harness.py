@@ -22,14 +22,19 @@ FOLDER = ROOT / "runs" / "benchmarks"  # for logs and run folders
 RESULT = "result "  # the beginning of a line in which an app prints its measurements as JSON
 
 
-def federate(*options: str, clients: int = 0) -> tuple[Result, list[str]]:
-    """Run server.py with `options` and a number of clients; return its metrics.json and the clients' output."""
+def federate(*options: str, clients: int = 0, terminals: int = 0) -> tuple[Result, list[str]]:
+    """Run server.py with `options` and a number of clients; return its metrics.json and the clients' output.
+
+    The clients are divided among so many `terminals`; by default, each has its own.
+    """
     address = f"127.0.0.1:{free_port()}"
     where = ["--address", address, "--clients", str(clients)] if clients else []
     out = FOLDER / "ours"
     shutil.rmtree(out, ignore_errors=True)
-    server, client = ["server.py", "--out", str(out), *where, *options], ["client.py", "--server", address]
-    with programs(server, *[client] * clients) as processes:
+    terminals = terminals or clients
+    shares = [len(range(clients)[place::terminals]) for place in range(terminals)]
+    joined = [["client.py", "--server", address, "--clients", str(share)] for share in shares]
+    with programs(["server.py", "--out", str(out), *where, *options], *joined) as processes:
         outputs = wait_for(processes)
     return json.loads((out / "metrics.json").read_text("utf-8")), "".join(outputs[1:]).splitlines()
 

@@ -24,9 +24,11 @@ from flwr.clientapp import ClientApp
 
 import client
 import server
+from benchmarks.cells import load_cells, save_cells
 from federation.app.config import Settings
-from federation.app.run_folder import write_atomically
 from tests.in_memory import InMemoryGrid, in_a_run
+
+__all__ = ["FOLDER", "Settings", "load_cells", "options", "play", "save_cells", "shortened", "spread"]
 
 FOLDER = Path("runs/benchmarks")  # for the results
 
@@ -66,14 +68,3 @@ def shortened(args: argparse.Namespace) -> Settings:
 def spread(values: list[float]) -> str:
     """Return the mean, and the standard deviation if there is one."""
     return (f"{mean(values):.1f}" if values else "-") + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def load_cells(path: Path) -> dict[str, Any]:
-    """Return the finished cells of a study by name, so that it goes on where it was interrupted."""
-    return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-
-
-def save_cells(path: Path, cells: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(cells, indent=1) + "\n"
-    write_atomically(path, lambda unfinished: unfinished.write_text(text, "utf-8"))
