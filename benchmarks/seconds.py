@@ -82,31 +82,29 @@ def after(where: str, clients: int, args: argparse.Namespace) -> None:
 def parts(notes: list[Note]) -> Parts:
     """Return the seconds of each part of a round, which are all of it: the mean over the rounds between two others."""
     server = {(note["what"], note["round"]): note for note in notes if note["round"] is not None}
-    pid = next(iter(server.values()))["pid"]
-    tests = [note for note in notes if note["pid"] == pid and note["what"] == "test"]
-    clients = [note for note in notes if note["pid"] != pid]
+    tasks = [note for note in notes if note["round"] is None]
     begins = {name: note["begin"] for name, note in server.items()}
     rounds = sorted(number for what, number in server if what == "configure train")[1:-1]
-    found = [of_round(number, begins, clients, tests) for number in rounds]
+    found = [of_round(number, begins, tasks) for number in rounds]
     return {part: mean(each[part] for each in found) for part in COLOURS}
 
 
-def of_round(number: int, begins: dict[tuple[str, int], float], clients: list[Note], tests: list[Note]) -> Parts:
+def of_round(number: int, begins: dict[tuple[str, int], float], notes: list[Note]) -> Parts:
     asked, trained, asked_again, tested = (
         begins[what, number]
         for what in ("configure train", "aggregate train", "configure evaluate", "aggregate evaluate")
     )
     end = begins["configure train", number + 1]
-    training, testing = of_messages("train", asked, trained, clients), of_messages("test", asked_again, tested, clients)
-    (central,) = [note["end"] - note["begin"] for note in between(tested, end, tests)]
+    training, testing = of_messages("train", asked, trained, notes), of_messages("test", asked_again, tested, notes)
+    (central,) = [note["end"] - note["begin"] for note in between(tested, end, notes) if note["what"] == "test"]
     aggregate = (asked_again - trained) + (end - tested - central)
     both = {part: training.get(part, 0.0) + testing.get(part, 0.0) for part in training | testing}
     return both | {"aggregate": aggregate, "central test": central}
 
 
-def of_messages(kind: str, asked: float, answered: float, clients: list[Note]) -> Parts:
+def of_messages(kind: str, asked: float, answered: float, notes: list[Note]) -> Parts:
     """Return the parts of the time from the server's messages to the last reply, of the process that it came from."""
-    notes = between(asked, answered, clients)
+    notes = between(asked, answered, notes)
     last = max((note for note in notes if note["what"] == kind), key=lambda note: note["end"])
     own = [note for note in notes if note["pid"] == last["pid"]]
     work = sum(note["end"] - note["begin"] for note in own if note["what"] == kind)

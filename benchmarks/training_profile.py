@@ -17,6 +17,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar
@@ -28,14 +29,17 @@ PARTS = ("the bare loop", "normalise a batch", "gather its rows", "sum up the lo
 NORMALISE, GATHER, SUM, ALL = range(1, len(PARTS))  # up to where they are added
 
 
-def epoch(level: int, data: cifar.Data, batch: int) -> None:
-    """Train for an epoch with the parts up to `level`."""
-    net = cifar.Net().to(memory_format=torch.channels_last)
+def train(level: int, net: nn.Module, data: cifar.Data, batch: int) -> None:
+    """Train for an epoch with the parts up to `level`; with all of them, by cifar.train."""
+    if level == ALL:
+        cifar.train(net, data, epochs=1, batch_size=batch)
+        return
+    net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), **RATES, fused=True)
     images, labels = data
     some, their_labels, total = images[:batch], labels[:batch], torch.zeros(())
     floats = cifar.normalise(some)
-    for rows in torch.randperm(len(labels)).split(batch):
+    for rows in torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).split(batch):
         if level >= GATHER:
             some, their_labels = images.index_select(0, rows), labels[rows]
         loss = F.cross_entropy(net(cifar.normalise(some) if level >= NORMALISE else floats), their_labels)
@@ -48,10 +52,7 @@ def epoch(level: int, data: cifar.Data, batch: int) -> None:
 
 def seconds_of(level: int, data: cifar.Data, batch: int) -> float:
     started = time.perf_counter()
-    if level == ALL:
-        cifar.train(cifar.Net(), data, epochs=1, batch_size=batch)
-    else:
-        epoch(level, data, batch)
+    train(level, cifar.Net(), data, batch)
     return time.perf_counter() - started
 
 
