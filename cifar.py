@@ -60,7 +60,7 @@ def train(
         total = torch.zeros((), device=labels.device)
         net.train()
         for rows in tqdm(order.split(batch_size), f"epoch {epoch + 1}", leave=False, disable=None):
-            batch = normalise(images.index_select(0, rows))  # images[rows] would take three times as long
+            batch = normalise(images.index_select(0, rows))  # copies whole rows: faster than images[rows]
             loss = F.cross_entropy(net(batch), labels[rows])
             optimizer.zero_grad()
             loss.backward()

@@ -5,8 +5,8 @@
 The same server.py, client.py and cifar.py, with the same seed, in two ways. Before: on Flower's own SuperLink and
 SuperNodes or Simulation Engine, by `flwr run`, with the defaults of the engine. After: by `python server.py` and
 `python client.py`, which add the proxy, processes that are forked, and in a simulation bundles of messages.
-timed_cifar.py notes the times. Shown is the mean over the rounds, without the first and the last one, of the client
-that a round waits for:
+timed_cifar.py and timed_fedavg.py note the times. Shown is the mean over the rounds, without the first and the last
+one, of the client that a round waits for:
 
 - waiting: until the process that answers a message starts, or in one that goes on, until it has the message;
 - start: until Python, Flower and the app are imported, and Flower has fetched the message;
@@ -28,11 +28,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.cells import load_cells, save_cells
 from benchmarks.harness import FOLDER, ROOT, LaunchError, engine, federate, flwr_run
+from cifar_data import find_data, load_data
 from federation.app.run_folder import write_atomically
 from federation.launch.command import run_command
 
-FILE, TASK = "FEDERATION_SECONDS", "benchmarks.timed_cifar"  # as there; importing it would import PyTorch
-STRATEGY = f"{TASK}.TimedFedAvg"
+FILE, TASK = "FEDERATION_SECONDS", "benchmarks.timed_cifar"  # the variable is read there
+STRATEGY = "benchmarks.timed_fedavg.TimedFedAvg"
 COLOURS = {  # can be told apart by the colour-blind
     "waiting": "#bbbbbb", "start": "#e69f00", "import": "#f0e442", "load": "#56b4e9", "train": "#0072b2",
     "test": "#1b2a49", "push": "#cc79a7", "aggregate": "#d55e00", "central test": "#009e73",
@@ -126,6 +127,8 @@ def between(start: float, end: float, notes: Iterable[Note]) -> list[Note]:
 
 def study(cells: dict[str, Parts], args: argparse.Namespace) -> None:
     """Run what is missing, repeat after repeat, so that before and after alternate."""
+    args.data = find_data(args.data)
+    load_data(args.data)  # decodes the images, so that neither way has to
     for repeat in range(args.repeats):
         for where in args.where:
             for way in WAYS:

@@ -147,7 +147,7 @@ def draw(path: Path, cells: Cells, args: argparse.Namespace) -> None:
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
-    counts = sorted({clients for clients, rounds in args.cases if (clients, rounds) != WHOLE})
+    counts = sorted(args.clients)
     shown = {side: medians(cells, args, counts, side) for side in args.sides}
     for panel, number in zip(panels, (1, 2), strict=True):
         for side, found in shown.items():
@@ -189,7 +189,8 @@ def read_options() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds: 2 or more are needed")
-    args.cases = [(clients, args.rounds) for clients in args.clients] + [WHOLE] * (not args.no_whole)
+    cases = [(clients, args.rounds) for clients in args.clients] + [WHOLE] * (not args.no_whole)
+    args.cases = list(dict.fromkeys(cases))
     return args
 
 

@@ -1,4 +1,4 @@
-"""cifar.py as a task that notes when it does what, with a strategy that notes the server's part: for seconds.py.
+"""cifar.py as a task that notes when it does what, for seconds.py; timed_fedavg.py notes the server's part.
 
 Each note is a line of JSON in the file that the environment names. Times are seconds since the machine was started, as
 in /proc/PID/stat, so that those of different processes can be compared.
@@ -20,7 +20,6 @@ def now() -> float:
 
 IMPORTING = now()
 import torch  # noqa: F401, E402  (named here so that the launcher finds it, as it does in cifar.py)
-from flwr.serverapp.strategy import FedAvg  # noqa: E402
 
 import cifar  # noqa: E402
 from cifar import find_data  # noqa: E402
@@ -65,23 +64,3 @@ class Net(cifar.Net):
 
 
 load_data, train, test = noted("load", cifar.load_data), noted("train", cifar.train), noted("test", cifar.test)
-
-
-class TimedFedAvg(FedAvg):
-    """FedAvg that notes when it is asked."""
-
-    def configure_train(self, server_round: int, *args: Any) -> Any:
-        with noting("configure train", server_round):
-            return super().configure_train(server_round, *args)
-
-    def aggregate_train(self, server_round: int, *args: Any) -> Any:
-        with noting("aggregate train", server_round):
-            return super().aggregate_train(server_round, *args)
-
-    def configure_evaluate(self, server_round: int, *args: Any) -> Any:
-        with noting("configure evaluate", server_round):
-            return super().configure_evaluate(server_round, *args)
-
-    def aggregate_evaluate(self, server_round: int, *args: Any) -> Any:
-        with noting("aggregate evaluate", server_round):
-            return super().aggregate_evaluate(server_round, *args)

@@ -113,7 +113,9 @@ def test_what_is_measured_is_shown_and_not_measured_again(
 
 def test_the_plain_loop_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sides, "FOLDER", tmp_path)
-    found = sides.measure("plain", (3, 2), argparse.Namespace(data=str(folder), workers=1))
+    found = sides.measure(
+        "plain", (3, 2), argparse.Namespace(data=str(folder), workers=1, pfl_python="", nvflare_python="")
+    )
     assert len(found.rounds) == 1 and 0 < found.rounds[0] < found.whole
     assert found.accuracy * 40 == pytest.approx(round(found.accuracy * 40)) and found.memory > 0.1
 
@@ -287,10 +289,10 @@ def test_the_start_of_a_process_is_known() -> None:
 def test_before_and_after_are_drawn(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ways = {"before": 2.0, "after": 1.0}
     monkeypatch.setattr(seconds, "run", lambda where, way, args: dict.fromkeys(seconds.COLOURS, ways[way]))
-    shown = run(seconds.main, "--repeats", "2", "--out", str(tmp_path / "parts.json"))
+    shown = run(seconds.main, "--data", "embedded", "--repeats", "2", "--out", str(tmp_path / "parts.json"))
     assert f"| terminals, before {'| 2.00 ' * 9}| 18.00 |" in shown
     assert f"| simulation, after {'| 1.00 ' * 9}| 9.00 |" in shown
     assert rgb(seconds.COLOURS.values()) <= colours(tmp_path / "parts.png")
     monkeypatch.setattr(seconds, "run", lambda *_: pytest.fail("it was run again"))
-    again = run(seconds.main, "--repeats", "2", "--out", str(tmp_path / "parts.json"))
+    again = run(seconds.main, "--data", "embedded", "--repeats", "2", "--out", str(tmp_path / "parts.json"))
     assert again == shown[shown.index("| seconds") :]
