@@ -144,6 +144,7 @@ def bounds(cells: Cells, args: argparse.Namespace) -> Iterator[str]:
 def draw(path: Path, cells: Cells, args: argparse.Namespace) -> None:
     """Draw seconds per round and memory against the number of clients; the plain loop is the floor."""
     from matplotlib.figure import Figure  # here, because it takes a second
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
@@ -158,9 +159,11 @@ def draw(path: Path, cells: Cells, args: argparse.Namespace) -> None:
                 panel.fill_between(at, values, color="grey", alpha=0.2)
         panel.set(xscale="log", xlabel="clients, all of which train in every round", xticks=counts)
         panel.set_xticklabels([f"{count:,}" for count in counts])
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3)
     panels[0].set(yscale="log", ylabel="seconds per round")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    panels[0].yaxis.set_minor_locator(NullLocator())
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[1].set(ylabel="memory of all processes, GB")
     panels[1].set_ylim(bottom=0)
