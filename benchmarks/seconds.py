@@ -100,7 +100,7 @@ def of_round(number: int, begins: dict[tuple[str, int], float], notes: list[Note
     (central,) = [note["end"] - note["begin"] for note in between(tested, end, notes) if note["what"] == "test"]
     aggregate = (asked_again - trained) + (end - tested - central)
     both = {part: training.get(part, 0.0) + testing.get(part, 0.0) for part in training | testing}
-    return both | {"aggregate": aggregate, "central test": central}
+    return dict.fromkeys(COLOURS, 0.0) | both | {"aggregate": aggregate, "central test": central}
 
 
 def of_messages(kind: str, asked: float, answered: float, notes: list[Note]) -> Parts:
