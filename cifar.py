@@ -60,7 +60,8 @@ def train(
         total = torch.zeros((), device=labels.device)
         net.train()
         for rows in tqdm(order.split(batch_size), f"epoch {epoch + 1}", leave=False, disable=None):
-            loss = F.cross_entropy(net(normalise(images[rows])), labels[rows])
+            batch = normalise(images.index_select(0, rows))  # copies whole rows: faster than images[rows]
+            loss = F.cross_entropy(net(batch), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

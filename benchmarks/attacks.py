@@ -26,7 +26,8 @@ from flwr.clientapp.typing import ClientAppCallable
 from numpy.typing import NDArray
 
 import client
-from benchmarks.in_process import load_cells, options, play, save_cells, shortened, spread
+from benchmarks.cells import load_cells, save_cells
+from benchmarks.in_process import options, play, shortened, spread
 from federation.app import membership
 from federation.app.client_state import keep_state
 from federation.app.config import Settings

@@ -1,4 +1,4 @@
-"""What the finished pieces of a study have found, by name, in one file: so a study goes on where it was interrupted."""
+"""The finished runs of a study in a JSON file, so that it goes on where it was interrupted."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ FOLDER = Path("runs/benchmarks")  # for the results
 
 
 def load_cells(path: Path) -> dict[str, Any]:
-    """Return the finished cells of a study by name, so that it goes on where it was interrupted."""
+    """Return the finished cells of a study by name; none if it has not begun."""
     return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
 
 

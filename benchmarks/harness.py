@@ -22,14 +22,19 @@ FOLDER = ROOT / "runs" / "benchmarks"  # for logs and run folders
 RESULT = "result "  # the beginning of a line in which an app prints its measurements as JSON
 
 
-def federate(*options: str, clients: int = 0) -> tuple[Result, list[str]]:
-    """Run server.py with `options` and a number of clients; return its metrics.json and the clients' output."""
+def federate(*options: str, clients: int = 0, terminals: int = 0) -> tuple[Result, list[str]]:
+    """Run server.py with `options` and a number of clients; return its metrics.json and the clients' output.
+
+    The clients are divided among so many `terminals`; by default, each has its own.
+    """
     address = f"127.0.0.1:{free_port()}"
     where = ["--address", address, "--clients", str(clients)] if clients else []
     out = FOLDER / "ours"
     shutil.rmtree(out, ignore_errors=True)
-    server, client = ["server.py", "--out", str(out), *where, *options], ["client.py", "--server", address]
-    with programs(server, *[client] * clients) as processes:
+    terminals = terminals or clients
+    shares = [len(range(clients)[place::terminals]) for place in range(terminals)]
+    joined = [["client.py", "--server", address, "--clients", str(share)] for share in shares]
+    with programs(["server.py", "--out", str(out), *where, *options], *joined) as processes:
         outputs = wait_for(processes)
     return json.loads((out / "metrics.json").read_text("utf-8")), "".join(outputs[1:]).splitlines()
 
@@ -73,11 +78,8 @@ def run_app(app: Path, config: dict[str, object], *, simulate: int = 0, supernod
     Returns the result that its ServerApp prints, and the seconds from the start of the SuperLink to that line.
     """
     started = time.perf_counter()
-    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-    size = ["--federation-config", f"num-supernodes={simulate}"] if simulate else []
     with engine(app.name, bool(simulate), supernodes) as ours:
-        run = ours.start("flwr", "run", str(app), "ours", "--stream", "--run-config", settings, *size)
-        for line in run.stdout or ():
+        for line in flwr_run(ours, app, config, simulate).stdout or ():
             ours.log.write(line)
             if line.startswith(RESULT):
                 return json.loads(line.removeprefix(RESULT)), time.perf_counter() - started
@@ -105,6 +107,13 @@ def engine(name: str, simulation: bool, supernodes: int) -> Iterator[ProcessGrou
             apart = stack.enter_context(process_group(FOLDER / f"{name}-{number}.txt", warm_starts=False))
             start(apart, "flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port()))
         yield ours
+
+
+def flwr_run(ours: ProcessGroup, app: Path, config: dict[str, object], simulate: int = 0) -> "subprocess.Popen[str]":
+    """Submit an app to the SuperLink of `engine`, and stream what it prints."""
+    settings = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+    size = ["--federation-config", f"num-supernodes={simulate}"] if simulate else []
+    return ours.start("flwr", "run", str(app), "ours", "--stream", "--run-config", settings, *size)
 
 
 def start(ours: ProcessGroup, *command: str) -> "subprocess.Popen[str]":

@@ -17,7 +17,8 @@ from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.in_process import load_cells, options, play, save_cells, shortened, spread
+from benchmarks.cells import load_cells, save_cells
+from benchmarks.in_process import options, play, shortened, spread
 from federation.app.config import Settings
 
 SETTINGS: dict[str, Settings] = {

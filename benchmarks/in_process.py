@@ -24,12 +24,10 @@ from flwr.clientapp import ClientApp
 
 import client
 import server
-from benchmarks.cells import FOLDER, load_cells, save_cells
+from benchmarks.cells import FOLDER
 from federation.app.checkpoint import checkpoints
 from federation.app.config import Settings
 from tests.in_memory import InMemoryGrid, in_a_run
-
-__all__ = ["FOLDER", "Settings", "load_cells", "options", "play", "save_cells", "shortened", "spread"]
 
 
 def play(config: Settings, app: ClientApp = client.app) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.in_process import FOLDER, Settings, load_cells, play_in, save_cells
+from benchmarks.cells import FOLDER, load_cells, save_cells
+from benchmarks.in_process import play_in
+from federation.app.config import Settings
 from federation.app.run_folder import write_atomically
 
 

@@ -25,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
 from benchmarks import pfl_task
+from benchmarks.cells import FOLDER, load_cells, save_cells
 from benchmarks.harness import ROOT, LaunchError, federate, process_group, relay
-from benchmarks.in_process import FOLDER, Settings, load_cells, play_in, save_cells
+from benchmarks.in_process import play_in
 from federation.app import weights
 from federation.app.checkpoint import load_checkpoint
+from federation.app.config import Settings
 from federation.app.run_folder import write_atomically
 from federation.launch.command import run_command
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.in_process import Settings, load_cells, options, play, save_cells, shortened, spread
+from benchmarks.cells import load_cells, save_cells
+from benchmarks.in_process import options, play, shortened, spread
+from federation.app.config import Settings
 
 COMMON: Settings = {
     "task": "benchmarks.small_cifar", "num-clients": 10, "num-server-rounds": 16, "learning-rate": 0.02,

@@ -9,12 +9,17 @@ with its neighbours, on its own part of the test set. The bytes are those of a m
 """
 
 import argparse
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from in_process import FOLDER, Settings, load_cells, play, save_cells
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.cells import FOLDER, load_cells, save_cells
+from benchmarks.in_process import play
+from federation.app.config import Settings
 
 TOPOLOGIES = ("star", "full", "random", "ring")
 COLOURS = dict(zip(TOPOLOGIES, ("#000000", "#0072b2", "#009e73", "#d55e00"), strict=True))  # Okabe and Ito 2008

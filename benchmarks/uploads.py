@@ -7,11 +7,15 @@ epoch of cifar.py's SGD with a learning rate of 0.02. The accuracy is that of th
 """
 
 import argparse
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from in_process import FOLDER, Settings, load_cells, play, save_cells
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.cells import FOLDER, load_cells, save_cells
+from benchmarks.in_process import play
+from federation.app.config import Settings
 
 UPLOADS: dict[str, Settings] = {
     "weights": {},

@@ -1,7 +1,9 @@
 """CIFAR-10 as in Flower's quickstart-pytorch: a DataLoader over PIL images, created for every message."""
 
 import json
+import time
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,17 +36,18 @@ def images(root: str, split: str) -> ImageFolder:
 
 
 def partition(context: Context, *, training: bool) -> DataLoader:
-    """Return 80 % of this client's samples for training, the rest for evaluation."""
+    """Return this client's samples for training, by default 80 %, or the rest, for evaluation."""
     folder = images(str(context.run_config["data"]), "train")
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0)).tolist()
     own = order[context.node_config["partition-id"] :: context.node_config["num-partitions"]]
-    cut = int(0.8 * len(own))
+    cut = int(context.run_config["train-share"] * len(own))
     rows = own[:cut] if training else own[cut:]
     return DataLoader(Subset(folder, rows), batch_size=context.run_config["batch-size"], shuffle=training)
 
 
-def fit(net: nn.Module, batches: DataLoader, epochs: int, lr: float) -> float:
-    optimizer = torch.optim.SGD(net.to(device).train().parameters(), lr=lr, momentum=0.9)
+def fit(net: nn.Module, batches: DataLoader, epochs: int, lr: float, weight_decay: float) -> float:
+    parameters = net.to(device).train().parameters()
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
     total = 0.0
     for _ in range(epochs):
         for x, y in batches:
@@ -71,7 +74,7 @@ def score(net: nn.Module, batches: DataLoader) -> dict[str, float]:
 def train(message: Message, context: Context) -> Message:
     config, batches, net = context.run_config, partition(context, training=True), lenet()
     net.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    loss = fit(net, batches, config["local-epochs"], config["learning-rate"])
+    loss = fit(net, batches, config["local-epochs"], config["learning-rate"], config["weight-decay"])
     metrics = MetricRecord({"train-loss": loss, "num-examples": len(batches.dataset)})
     return Message(RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}), reply_to=message)
 
@@ -86,12 +89,21 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    config, net = context.run_config, lenet()
+    config, net, ends = context.run_config, lenet(), []
 
     def central_test(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         net.load_state_dict(arrays.to_torch_state_dict())
-        return MetricRecord(score(net, DataLoader(images(str(config["data"]), "test"), batch_size=128)))
+        metrics = score(net, DataLoader(images(str(config["data"]), "test"), batch_size=128))
+        ends.append(time.perf_counter())  # of round 0, 1, …
+        return MetricRecord(metrics)
 
-    rounds = int(config["num-server-rounds"])
-    result = FedAvg().start(grid, ArrayRecord(net.state_dict()), num_rounds=rounds, evaluate_fn=central_test)
-    print(f"result {json.dumps(dict(result.evaluate_metrics_serverapp[rounds]))}", flush=True)
+    nodes, rounds = int(config["min-nodes"]), int(config["num-server-rounds"])
+    strategy = FedAvg(
+        fraction_evaluate=config["fraction-evaluate"], min_train_nodes=nodes, min_available_nodes=nodes,
+        train_metrics_aggr_fn=lambda replies, _: MetricRecord({"clients": len(replies)}),
+    )  # fmt: skip
+    result = strategy.start(grid, ArrayRecord(net.state_dict()), num_rounds=rounds, evaluate_fn=central_test)
+    trained = [int(result.train_metrics_clientapp[number]["clients"]) for number in range(1, rounds + 1)]
+    seconds = [end - start for start, end in pairwise(ends)]
+    final = dict(result.evaluate_metrics_serverapp[rounds])
+    print(f"result {json.dumps(final | {'clients': trained, 'seconds': seconds})}", flush=True)

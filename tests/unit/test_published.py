@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks import in_process, mcmahan, mcmahan_2nn, mcmahan_cnn, pfl_cifar, pfl_task
+from benchmarks import mcmahan, mcmahan_2nn, mcmahan_cnn, pfl_cifar, pfl_task
+from benchmarks.cells import load_cells
 from benchmarks.harness import LaunchError
 from cifar_data import embedded_data
 from federation.app.config import validate
@@ -230,7 +231,7 @@ def test_a_row_continues_where_it_was_interrupted(run: Run, tmp_path: Path) -> N
     options = ["--data", "embedded", "--row", "2NN, IID", "--rates", "0.1", "--search"]
     for name, rounds in (("whole", "2"), ("parts", "1"), ("parts", "2")):
         run(mcmahan.main, *options, rounds, "--rounds", rounds, "--out", str(tmp_path / f"{name}.json"))
-    whole, parts = (in_process.load_cells(tmp_path / f"{name}.json") for name in ("whole", "parts"))
+    whole, parts = (load_cells(tmp_path / f"{name}.json") for name in ("whole", "parts"))
     (one,), (other,) = whole.values(), parts.values()
     assert one["accuracies"] == other["accuracies"] and len(one["accuracies"]) == 3
     ends = [json.loads(path.read_text())["final_weights_sha256"] for path in sorted(tmp_path.glob("*/*/metrics.json"))]
@@ -250,7 +251,7 @@ def test_our_side_of_pfl_continues_and_tests_its_models(
     for name, every, rounds in (("whole", 2, "2"), ("parts", 1, "1"), ("parts", 1, "2")):
         monkeypatch.setattr(pfl_cifar, "EVERY", every)
         table = run(pfl_cifar.benchmark, *options, rounds, "--out", str(tmp_path / f"{name}.json"))
-    whole, parts = (in_process.load_cells(tmp_path / f"{name}.json")["ours"] for name in ("whole", "parts"))
+    whole, parts = (load_cells(tmp_path / f"{name}.json")["ours"] for name in ("whole", "parts"))
     assert [*whole["accuracies"]] == ["2"] and [*parts["accuracies"]] == ["1", "2"]
     assert whole["accuracies"]["2"] == parts["accuracies"]["2"]
     nets = [pfl_task.Net(), pfl_task.Net()]

@@ -19,6 +19,7 @@ import cifar
 import client
 import server
 from benchmarks import attacks, flipped_cifar, heterogeneity, in_process, small_cifar
+from benchmarks.cells import save_cells
 from cifar_data import embedded_data
 from federation.app.config import parse, validate
 from federation.app.strategy import STRATEGIES, arguments, make_strategy
@@ -164,7 +165,7 @@ def test_the_attacks_are_drawn(run: Callable[..., str], tmp_path: Path) -> None:
     names = [f"{part}, {attack}, {strategy}, {seed}" for part in attacks.PARTITIONS for attack in attacks.ATTACKS
              for strategy in attacks.STRATEGIES for seed in range(2)]  # fmt: skip
     cells = {name: {"accuracies": [0.1, 0.2 + 0.02 * int(name[-1])], "status": "finished"} for name in names}
-    in_process.save_cells(tmp_path / "cells.json", cells)
+    save_cells(tmp_path / "cells.json", cells)
     table = run(attacks.main, "--seeds", "2", "--out", str(tmp_path / "cells.json"))
     assert table.count("| 21.0 ± 1.4") == len(attacks.PARTITIONS) * len(attacks.ATTACKS) * len(attacks.STRATEGIES)
     with Image.open(tmp_path / "cells.png") as picture:
