@@ -7,7 +7,7 @@ BIN := .venv/bin
 OPTIONS := $(if $(DATA),--data $(DATA))
 
 EXTRAS ?= dev
-TEST := $(BIN)/pytest -n 2 --dist loadfile --durations 20
+TEST := $(BIN)/pytest --dist loadfile --durations 20
 
 .PHONY: demo test test-slow lint install
 
@@ -27,10 +27,10 @@ demo: install
 	@$(BIN)/python benchmarks/side_by_side.py $(OPTIONS)
 
 test: install
-	$(TEST)
+	$(TEST) -n 2
 
 test-slow: install
-	$(TEST) -m slow
+	$(TEST) -n 3 -m slow  # many of them mostly wait
 
 lint: install
 	$(BIN)/ruff check .

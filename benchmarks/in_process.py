@@ -68,6 +68,11 @@ def shortened(args: argparse.Namespace) -> Settings:
     return {"data": args.data} | ({"num-server-rounds": args.rounds} if args.rounds else {})
 
 
+def some_of(rounds: int) -> list[int]:
+    """Return the rounds that a table shows: an early one, the middle and the last."""
+    return sorted({min(5, rounds), (rounds + 1) // 2, rounds})
+
+
 def spread(values: list[float]) -> str:
     """Return the mean, and the standard deviation if there is one."""
     return (f"{mean(values):.1f}" if values else "-") + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

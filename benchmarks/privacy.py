@@ -40,9 +40,8 @@ CLIENTS, ROUNDS = 300, 20
 MEMBERS, OTHERS = 600, 10_000
 NORM = 1.0  # the clipping norm
 MULTIPLIERS = (0.0, 0.5, 2.0, 8.0, 32.0)  # 0: no differential privacy
-SEEDS = (0, 1, 2)
 SETTING = {
-    "num-clients": CLIENTS, "num-server-rounds": ROUNDS, "local-epochs": 5, "batch-size": 2, "learning-rate": 0.2,
+    "num-clients": CLIENTS, "local-epochs": 5, "batch-size": 2, "learning-rate": 0.2,
     "fraction-evaluate": 0.0, "server-evaluation": False,
 }  # fmt: skip
 FILTERS, POOLED = 64, 3
@@ -98,7 +97,7 @@ def attacked(path: Path, root: str) -> dict[str, float]:
     return {"accuracy": accuracy, "members": hits[0], "others": hits[1], "advantage": advantage(*losses)}
 
 
-def run(multiplier: float, seed: int, out: Path, root: str) -> dict[str, Any]:
+def run(multiplier: float, seed: int, rounds: int, out: Path, root: str) -> dict[str, Any]:
     """Train with the real client and server, in this process, and attack the final model."""
     chosen[:] = [seed]
     import logging
@@ -110,8 +109,8 @@ def run(multiplier: float, seed: int, out: Path, root: str) -> dict[str, Any]:
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     private = {"dp": "server-fixed", "dp-noise-multiplier": multiplier, "dp-clipping-norm": NORM} if multiplier else {}
-    own = {"task": "benchmarks.privacy", "data": root, "out": str(out), "seed": seed}
-    config = own | SETTING | private
+    own = {"task": "benchmarks.privacy", "data": root, "out": str(out), "seed": seed, "num-server-rounds": rounds}
+    config = SETTING | own | private
     with in_a_run():
         grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
         server.main(grid, Context(1, 0, {}, RecordDict(), config))
@@ -150,16 +149,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=f"{__doc__.split(chr(10))[0]} Continues if it was interrupted.")
     parser.add_argument("--data", metavar="DIR", help="CIFAR-10")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", metavar="DIR")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
     parser.add_argument("--table", action="store_true", help="print what has been measured, and measure nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     saved, root = args.out / "privacy.json", find_data(args.data)
     results = json.loads(saved.read_text()) if saved.exists() else {}
-    for seed in () if args.table else SEEDS:
+    for seed in range(0 if args.table else args.seeds):
         for multiplier in MULTIPLIERS:
             if (key := f"{multiplier} {seed}") not in results:
-                results[key] = run(multiplier, seed, args.out / f"privacy-{multiplier}-{seed}", root)
+                results[key] = run(multiplier, seed, args.rounds, args.out / f"privacy-{multiplier}-{seed}", root)
                 text = json.dumps(results, indent=2)
                 write_atomically(saved, lambda path, text=text: path.write_text(text))
                 print(key, results[key], flush=True)

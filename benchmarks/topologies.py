@@ -2,13 +2,12 @@
 
     python benchmarks/topologies.py                      # continues if it was interrupted; see --help
 
-Every fifth image of CIFAR-10 (small_cifar.py), 10 clients, all in each round, one local epoch of cifar.py's SGD with a
-learning rate of 0.02. "random" has three neighbours per client. The server's accuracy is that of the mean of all models
-("star": of the global model) on the whole test set; the clients' is of their own models, each after it has averaged
-with its neighbours, on its own part of the test set. The bytes are those of a message to a client.
+Every fifth image of CIFAR-10 (small_cifar.py), 10 clients, all in each of 20 rounds, one local epoch of cifar.py's SGD
+with a learning rate of 0.02. "random" has three neighbours per client. The server's accuracy is that of the mean of all
+models ("star": of the global model) on the whole test set; the clients' is of their own models, each after it has
+averaged with its neighbours, on its own part of the test set. The bytes are those of a message to a client.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,8 +16,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.cells import FOLDER, load_cells, save_cells
-from benchmarks.in_process import play
+from benchmarks.cells import load_cells, save_cells
+from benchmarks.in_process import options, play, some_of
 from federation.app.config import Settings
 
 TOPOLOGIES = ("star", "full", "random", "ring")
@@ -28,12 +27,13 @@ PARTITIONS: dict[str, Settings] = {
     "Dirichlet 0.5": {"partitioner": "dirichlet", "alpha": 0.5},
 }
 COMMON: Settings = {"task": "benchmarks.small_cifar", "learning-rate": 0.02, "num-clients": 10, "neighbours": 3}
+ROUNDS = 20
 MEASURED = ("server_accuracy", "clients_accuracy", "consensus", "bytes_down")  # of a round
 DRAWN = {"server_accuracy": "accuracy of the mean of all models", "consensus": "consensus distance"}
 Cells = dict[str, Any]  # by partition, topology and seed: lists with a value per round
 
 
-def play_all(path: Path, seeds: int, rounds: int) -> Cells:
+def play_all(path: Path, seeds: int, rounds: int, data: str) -> Cells:
     """Return all cells; run those that are not in the file at `path` yet."""
     cells = load_cells(path)
     for seed in range(seeds):
@@ -41,7 +41,7 @@ def play_all(path: Path, seeds: int, rounds: int) -> Cells:
             for topology in TOPOLOGIES:
                 key = f"{partition}, {topology}, {seed}"
                 if len(cells.get(key, {}).get("consensus", ())) != rounds + 1:
-                    own = {"topology": topology, "seed": seed, "num-server-rounds": rounds}
+                    own = {"topology": topology, "seed": seed, "num-server-rounds": rounds, "data": data}
                     found = play({**COMMON, **settings, **own})
                     cells[key] = {name: [row.get(name) for row in found["rounds"]] for name in MEASURED}
                     save_cells(path, cells)
@@ -102,15 +102,13 @@ def columns(cells: Cells, partition: str, topology: str, name: str, rounds: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N")
-    parser.add_argument("--out", type=Path, default=FOLDER / "topologies.json", metavar="FILE")
+    parser = options(__doc__, "topologies")
     parser.add_argument("--picture", type=Path, default=Path("docs/topologies.png"), metavar="FILE")
     args = parser.parse_args()
-    cells = play_all(args.out, args.seeds, args.rounds)
-    print(table(cells, args.seeds, [5, args.rounds // 2, args.rounds]))
-    draw(cells, args.seeds, args.rounds, args.picture)
+    rounds = args.rounds or ROUNDS
+    cells = play_all(args.out, args.seeds, rounds, args.data)
+    print(table(cells, args.seeds, some_of(rounds)))
+    draw(cells, args.seeds, rounds, args.picture)
 
 
 if __name__ == "__main__":

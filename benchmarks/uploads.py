@@ -2,19 +2,19 @@
 
     python benchmarks/uploads.py                         # continues if it was interrupted; see --help
 
-Every fifth image of CIFAR-10 (small_cifar.py) in Dirichlet(0.5) partitions for 10 clients, all in each round, one local
-epoch of cifar.py's SGD with a learning rate of 0.02. The accuracy is that of the global model on the whole test set.
+Every fifth image of CIFAR-10 (small_cifar.py) in Dirichlet(0.5) partitions for 10 clients, all in each of 20 rounds,
+one local epoch of cifar.py's SGD with a learning rate of 0.02. The accuracy is that of the global model on the whole
+test set.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.cells import FOLDER, load_cells, save_cells
-from benchmarks.in_process import play
+from benchmarks.cells import load_cells, save_cells
+from benchmarks.in_process import options, play, some_of
 from federation.app.config import Settings
 
 UPLOADS: dict[str, Settings] = {
@@ -29,18 +29,19 @@ COMMON: Settings = {
     "task": "benchmarks.small_cifar", "learning-rate": 0.02, "num-clients": 10, "partitioner": "dirichlet",
     "fraction-evaluate": 0.0,
 }  # fmt: skip
+ROUNDS = 20
 MEASURED = ("server_accuracy", "bytes_up")  # of a round
 Cells = dict[str, Any]  # by upload and seed: lists with a value per round
 
 
-def play_all(path: Path, seeds: int, rounds: int) -> Cells:
+def play_all(path: Path, seeds: int, rounds: int, data: str) -> Cells:
     """Return all cells; run those that are not in the file at `path` yet."""
     cells = load_cells(path)
     for seed in range(seeds):
         for upload, settings in UPLOADS.items():
             key = f"{upload}, {seed}"
             if len(cells.get(key, {}).get("bytes_up", ())) != rounds + 1:
-                found = play({**COMMON, **settings, "seed": seed, "num-server-rounds": rounds})
+                found = play({**COMMON, **settings, "seed": seed, "num-server-rounds": rounds, "data": data})
                 cells[key] = {name: [row[name] for row in found["rounds"]] for name in MEASURED}
                 save_cells(path, cells)
                 print(f"{key}: {cells[key]['server_accuracy'][-1]:.4f}", flush=True)
@@ -62,13 +63,10 @@ def table(cells: Cells, seeds: int, shown: list[int]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N")
-    parser.add_argument("--out", type=Path, default=FOLDER / "uploads.json", metavar="FILE")
-    args = parser.parse_args()
-    cells = play_all(args.out, args.seeds, args.rounds)
-    print(table(cells, args.seeds, [5, args.rounds // 2, args.rounds]))
+    args = options(__doc__, "uploads").parse_args()
+    rounds = args.rounds or ROUNDS
+    cells = play_all(args.out, args.seeds, rounds, args.data)
+    print(table(cells, args.seeds, some_of(rounds)))
 
 
 if __name__ == "__main__":

@@ -227,6 +227,7 @@ def test_a_row_that_does_not_reach_its_target_says_how_far_it_is() -> None:
     assert mcmahan.result(mcmahan.ROWS["2NN, IID"], cell) == ("> 3 (96.00 %)", "-")
 
 
+@pytest.mark.slow
 def test_a_row_continues_where_it_was_interrupted(run: Run, tmp_path: Path) -> None:
     options = ["--data", "embedded", "--row", "2NN, IID", "--rates", "0.1", "--search"]
     for name, rounds in (("whole", "2"), ("parts", "1"), ("parts", "2")):
@@ -241,6 +242,7 @@ def test_a_row_continues_where_it_was_interrupted(run: Run, tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------------------- pfl-research
 
 
+@pytest.mark.slow
 def test_our_side_of_pfl_continues_and_tests_its_models(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_what_is_measured_is_shown_and_not_measured_again(
     assert run(simulated_rounds.main, *options) == first[first.index("| clients") :]
 
 
+@pytest.mark.slow
 def test_the_plain_loop_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sides, "FOLDER", tmp_path)
     found = sides.measure(

@@ -1,0 +1,93 @@
+"""Every benchmark runs from its command to its table, at a size of seconds. What it measures is tested elsewhere."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import cifar
+from cifar_data import embedded_data
+from tests.conftest import ROOT
+
+SHORT = "--data embedded --seeds 1 --rounds 1"
+COMMANDS = {  # each with what its output must have; {data} is a folder of a few images, {out} one for results
+    "attacks": (f"{SHORT} --partition IID --attack none --strategy fedavg --out {{out}}/a.json", r"\| fedavg \| \d"),
+    "chaos": ("--data {data} --clients 2 --rounds 2 --out {out}/chaos", r"none: 2 rounds, accuracy 0\.\d"),
+    "growth": ("sites --smoke --out {out}/sites.json", r"\| 2 \| \d+ \| \d"),
+    "heterogeneity": (
+        f"{SHORT} --setting '10 of 10 clients' --partition IID --strategy fedavg --out {{out}}/h.json",
+        r"\| fedavg \| \d",
+    ),
+    "input_pipeline": (
+        "--data {data} --samples 96 --batch 32 --repeats 1 --accuracy 0 --out {out}/i.json",
+        r"\| cifar\.py \| \d+ \(1\.00 ×\)",
+    ),
+    "mcmahan": ("--smoke --out {out}/m.json", r"\| 2NN, shards \| 97 % \|"),
+    "niid_bench": (
+        "--data {data} --partitioner iid --clients 2 --rounds 1 --local-epochs 1 --out {out}/niid",
+        r"\| iid \| fedavg \| 1 \| \d",
+    ),
+    "pfl_cifar": ("--smoke --out {out}/p.json", r"\| this project \| 2 \| \d"),
+    "privacy": ("--data embedded --seeds 1 --rounds 1 --out {out}", r"\| none \| - \| 0\.\d"),
+    "round_overhead": ("--data {data} --rounds 2", r"ours / idle: 0\.\d"),
+    "rounds": (f"{SHORT} --row 'one epoch a round' --out {{out}}/r.json", r"\| one epoch a round \| \d"),
+    "seconds": ("--help", "usage"),  # as simulation.py
+    "side_by_side": ("--data {data}", r"federated +\d"),
+    "simulated_rounds": (
+        "--data {data} --sides plain --clients 2 --rounds 2 --repeats 1 --no-whole --out {out}/sr.json",
+        r"plain",
+    ),
+    "simulation": ("--help", "usage"),  # on Flower's engine without this project's, it takes minutes
+    "threads": ("--data {data} --repeats 1", r"default +[\d,]+ samples/s per process"),
+    "topologies": (f"{SHORT} --out {{out}}/t.json --picture {{out}}/t.png", r"\| Dirichlet 0\.5 \| ring \| \d"),
+    "training_profile": ("--data embedded --samples 960 --batch 32 --repeats 1 --out {out}/tp.json", r"\|.*%"),
+    "uploads": (f"{SHORT} --out {{out}}/u.json", r"\| top-k 0\.01 \| \d"),
+    "whole_run": ("--baseline {root} --data {data} --rounds 1 --repeats 1", r"ours / baseline: \d\.\d\d"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of a few images, ten classes in both splits."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 192), ("test", 40)):
+        images, labels = embedded_data(count, seed=1)
+        for number, (image, label) in enumerate(zip(images.numpy(), labels.tolist(), strict=True)):
+            (root / split / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / split / str(label) / f"{number}.png")
+    return root
+
+
+def test_no_benchmark_is_left_out() -> None:
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert scripts == COMMANDS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_ends_with_its_result(
+    name: str, data: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    options, result = COMMANDS[name]
+    if name == "side_by_side":
+        for model in ("centralized/model.pt", "federated/final_model.pt"):
+            (tmp_path / "runs" / model).parent.mkdir(parents=True)
+            torch.save(cifar.Net().state_dict(), tmp_path / "runs" / model)
+    given = options.format(data=data, out=tmp_path, root=ROOT)
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *shlex.split(given)]
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"XDG_CACHE_HOME": str(cache)}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(result, ran.stdout), ran.stdout
+    for path in tmp_path.glob("*.json"):
+        assert json.loads(path.read_text("utf-8")), path
