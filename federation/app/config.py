@@ -173,7 +173,10 @@ def _pyproject() -> dict[str, Any]:
 
 
 def parse(text: str) -> Settings:
-    """Read `key=value key="text"`, or the TOML file of that name: the syntax of `flwr run --run-config`."""
+    """Read `key=value key="text"`, or the TOML file of that name: the syntax of `flwr run --run-config`.
+
+    Raises ValueError where it has another form, or the file cannot be read.
+    """
     try:
         if text.endswith(".toml"):
             return tomllib.loads(Path(text).expanduser().read_text("utf-8"))
