@@ -14,9 +14,9 @@ from federation.__main__ import NAME, command_line
 URI = "reference/commands.md"
 ABOUT = """# Command lines
 
-`federate server` is also `python server.py`, `federate client` is `python client.py`, and the other commands are
-`python -m federation.check` and so on. What a failed command returns is in
-[Exit status](../failures.md#exit-status).
+What each command prints with `--help`. They can also be called [without being
+installed](../your_own_script.md#check-your-script-and-run-it), and end with an [exit
+status](../failures.md#exit-status).
 """
 
 
