@@ -18,7 +18,7 @@ NAMES = [name for page in REFERENCE for name in re.findall(r"^::: (\S+)", page.r
 
 def in_navigation() -> list[str]:
     _, navigation = (ROOT / "mkdocs.yml").read_text("utf-8").split("\nnav:\n")
-    return re.findall(r"[\w/]+\.(?:md|ipynb)", navigation)
+    return re.findall(r"[\w/]+\.md", navigation)
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
