@@ -15,6 +15,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"^```.*?^```$|(?<=\]\()(?!\w+:|#)[^)#\s]+", re.MULTILINE | re.DOTALL)  # or code, which has none
+HREF = re.compile(r'(?<=href=")(?!\w+:|#)[^"#]+')
 HIDDEN_FROM_SEARCH = "---\nsearch:\n  exclude: true\n---\n"
 LANGUAGES = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sh": "sh"}
 
@@ -39,6 +40,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return link[0] if is_code else posixpath.relpath(_uri(_target(here, link[0])), posixpath.dirname(here) or ".")
 
     return markdown if here.startswith("source/") else LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Let the links of a notebook do so, too, which becomes a page without being Markdown before."""
+
+    def moved(link: re.Match[str]) -> str:
+        target = files.get_file_from_path(_uri(_target(page.file.src_uri, link[0])))
+        return target.url_relative_to(page.file) if target else link[0]
+
+    return HREF.sub(moved, html) if page.file.src_uri.endswith(".ipynb") else html
 
 
 def _targets(page: File) -> list[str]:

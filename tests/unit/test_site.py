@@ -18,11 +18,11 @@ NAMES = [name for page in REFERENCE for name in re.findall(r"^::: (\S+)", page.r
 
 def in_navigation() -> list[str]:
     _, navigation = (ROOT / "mkdocs.yml").read_text("utf-8").split("\nnav:\n")
-    return re.findall(r"[\w/]+\.md", navigation)
+    return re.findall(r"[\w/]+\.(?:md|ipynb)", navigation)
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
-    pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
+    pages = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.suffix in (".md", ".ipynb")]
     assert sorted(in_navigation()) == sorted([*pages, *MADE])
 
 
