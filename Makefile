@@ -1,5 +1,6 @@
 # make demo: the centralized script, and then the same script federated, side by side.
 # make test: the test suite.  make test-slow: the longer tests, which start many processes.
+# make docs: the documentation as a site, in site/.  make dist: what a release consists of, in dist/.
 # PYTHON picks the interpreter that makes .venv; DATA names a data folder for the demo.
 PYTHON ?= python3
 DATA ?=
@@ -9,7 +10,7 @@ OPTIONS := $(if $(DATA),--data $(DATA))
 EXTRAS ?= dev
 TEST := $(BIN)/pytest --dist loadfile --durations 20
 
-.PHONY: demo test test-slow lint install
+.PHONY: demo test test-slow lint docs dist install
 
 install: .venv/installed
 
@@ -37,3 +38,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist
+	.venv-release/bin/python -m build
+	.venv-release/bin/twine check --strict dist/*

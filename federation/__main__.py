@@ -2,6 +2,7 @@
 
 import sys
 
+import click
 import typer
 
 from federation.certificates import certificates
@@ -21,13 +22,30 @@ federate server --task my_script     host it; start federate client in other ter
 """
 
 
-def main() -> None:
-    """Run the command line of this process."""
+def command_line() -> click.Group:
+    """Return the command line, with all commands."""
     app = typer.Typer(help=ABOUT, rich_markup_mode=None, suggest_commands=False, context_settings=WIDTH)
     for function in (server, client, new, check, compare, certificates):
         add_command(app, function, f"{NAME} {function.__name__}")
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group), "it has several commands"
+    group.params.append(click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False,
+                                     callback=_show_version, help="Show the version and exit."))  # fmt: skip
+    return group
+
+
+def _show_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from federation.app.config import version  # here, so that other commands need not wait for it
+
+        print(f"{NAME} {version()}")
+        context.exit()
+
+
+def main() -> None:
+    """Run the command line of this process."""
     sys.argv[1:] = sys.argv[1:] or ["--help"]
-    run(typer.main.get_command(app), NAME)
+    run(command_line(), NAME)
 
 
 if __name__ == "__main__":

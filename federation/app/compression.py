@@ -27,7 +27,9 @@ class Compression(Protocol):
     def layout(self, sizes: Sequence[int], dtype: Any) -> Layout:
         """Return the parts that a vector of `dtype` becomes."""
 
-    def encode(self, vector: Vector, sizes: Sequence[int], dtype: Any, seed: Seed) -> Parts: ...
+    def encode(self, vector: Vector, sizes: Sequence[int], dtype: Any, seed: Seed) -> Parts:
+        """Return the parts of a vector. What is random in them is drawn from `seed`."""
+
     def decode(self, parts: Parts, sizes: Sequence[int]) -> Vector:
         """Return the vector. Raises ValueError where parts of the right layout hold values that cannot be."""
 

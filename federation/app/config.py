@@ -159,16 +159,24 @@ ASSIGNMENT = re.compile(r"""[^\s=]+=(?:"[^"]*"|'[^']*'|[^\s"']+)(?=\s|$)""")
 
 def defaults() -> Settings:
     """Return the run config that pyproject.toml declares."""
-    return dict(_declared())
+    return dict(_pyproject()["tool"]["flwr"]["app"]["config"])
+
+
+def version() -> str:
+    """Return the version of this project, which stands in pyproject.toml alone."""
+    return str(_pyproject()["project"]["version"])
 
 
 @functools.cache
-def _declared() -> Settings:
-    return dict(tomllib.loads((SCRIPTS / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+def _pyproject() -> dict[str, Any]:
+    return tomllib.loads((SCRIPTS / "pyproject.toml").read_text("utf-8"))
 
 
 def parse(text: str) -> Settings:
-    """Read `key=value key="text"`, or the TOML file of that name: the syntax of `flwr run --run-config`."""
+    """Read `key=value key="text"`, or the TOML file of that name: the syntax of `flwr run --run-config`.
+
+    Raises ValueError where it has another form, or the file cannot be read.
+    """
     try:
         if text.endswith(".toml"):
             return tomllib.loads(Path(text).expanduser().read_text("utf-8"))

@@ -22,7 +22,8 @@ Metrics = dict[str, float]  # the loss first
 def named(function: str, returned: Any) -> Metrics:
     """Return, by name, the numbers that `function`, "train" or "test", has returned.
 
-    Raises ValueError where it should return something else.
+    What train() may return is a mean loss per sample, or a loss and a dictionary of other numbers; test() may return a
+    loss and the accuracy in 0..1, or a loss and such a dictionary. Raises ValueError for anything else.
     """
     loss, others = returned if isinstance(returned, tuple | list) and len(returned) == 2 else (returned, {})
     if function == "test" and returned is loss:

@@ -30,8 +30,9 @@ REMEDIES["linear"] = REMEDIES["size-skewed"]
 def split_data(data: Any, partitions: int, config: RunConfig) -> Parts:
     """Return the rows of each partition in the training set ("train"), and in the test set ("test").
 
-    With a `validation-fraction`, both are rows of the training set. Raises ValueError as `split` does, and where the
-    data lack the groups or the labels that a partitioner needs.
+    `data` is what load_data() returns, and the rows are numbers in ascending order, an array for each partition. With a
+    `validation-fraction`, both are rows of the training set. Raises ValueError as `split` does, and where the data lack
+    the groups or the labels that a partitioner needs.
     """
     if config.partitioner in BY_GROUP:
         parts = by_group(data, partitions, config)
@@ -98,8 +99,9 @@ def _test_rows(test: Any, train: list[Rows], ids: NDArray[Any], size: int, confi
 def split(train_labels: Any, test_labels: Any, partitions: int, config: RunConfig) -> Parts:
     """Return the rows of each partition in the training set ("train") and in the test set ("test").
 
-    Every row is in exactly one partition, and no partition is empty. Each client has the same share of the test
-    samples of a class as of its training samples. Raises ValueError if such a split is impossible.
+    The labels have the shape (samples,). Every row is in exactly one partition, and no partition is empty. Each client
+    has the same share of the test samples of a class as of its training samples. Raises ValueError if such a split is
+    impossible.
     """
     name, seed = config.partitioner, config.seed
     for labels in (train_labels, test_labels):

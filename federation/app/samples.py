@@ -36,6 +36,7 @@ def is_data_set(split: Any) -> bool:
 
 
 def count(split: Any) -> int:
+    """Return the number of samples."""
     return len(split[1]) if is_arrays(split) else len(split)
 
 

@@ -131,7 +131,7 @@ def open_data(task: ModuleType, root: str) -> tuple[Any, str]:
 def build_net(task: ModuleType, seed: int, classes: int = 0) -> Any:
     """Build the model from `seed`: given to Net if it takes one, and to each random generator that is loaded.
 
-    A Net that takes `classes` is given how many there are, where that is known.
+    A Net that takes `classes` is given how many there are, where that is known. Raises ValueError where Net fails.
     """
     if keras := sys.modules.get("keras"):
         # Or the names of weights would count on, and memory grow: but a full collection takes its time

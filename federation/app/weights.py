@@ -28,15 +28,25 @@ HEADERS = {  # how to read what stands before the values of an array, by the byt
 
 
 class Framework(Protocol):
-    """How to read and write the weights and buffers of a model, by name, and how to save it."""
+    """How to read and write the weights and buffers of a model, by name, and how to save it.
+
+    Another framework is a class with these two attributes and four methods, and an entry in FRAMEWORKS.
+    """
 
     model: str  # the base class of its models
     suffix: str  # the suffix of its file format
 
-    def read(self, net: Any) -> Values: ...
-    def write(self, net: Any, values: Values) -> None: ...
-    def save(self, net: Any, path: Path) -> None: ...
-    def load(self, net: Any, path: Path) -> Values: ...
+    def read(self, net: Any) -> Values:
+        """Return an array for each name, of the shape and dtype in the model. Raises ValueError where one is none."""
+
+    def write(self, net: Any, values: Values) -> None:
+        """Copy values into the model: of the names, shapes and dtypes that `read` returns."""
+
+    def save(self, net: Any, path: Path) -> None:
+        """Save the model to a file, whose name ends with `suffix`."""
+
+    def load(self, net: Any, path: Path) -> Values:
+        """Return what `save` has written, by the names that `read` gives. A damaged file can raise many kinds."""
 
 
 class Keras:
@@ -227,6 +237,7 @@ def save_arrays(arrays: ArrayRecord, path: Path) -> None:
 
 
 def load_arrays(path: Path) -> Values:
+    """Return what `save_arrays` has written: an array for each name. A damaged file can raise many kinds of errors."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as saved:
         return dict(saved)
 

@@ -11,14 +11,19 @@ from torch import nn
 
 
 def Net():
-    """Build the model, freshly initialized. The random generators are seeded before each call."""
+    """Build the model, freshly initialized. The random generators are seeded before each call.
+
+    This one takes samples x of shape (samples, 16), and returns a score for each of four classes, (samples, 4).
+    """
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
 def load_data(root=None):
     """Return `(x_train, y_train), (x_test, y_test)`: all samples and labels, as arrays or tensors.
 
-    `root` is what --data names, None without it. Every process calls this, so it should be fast the second time.
+    Each has a row for each sample: here x has the shape (samples, 16), and y has a class from 0 to 3 for each, in the
+    shape (samples,). `root` is what --data names, None without it. Every process calls this, so it should be fast the
+    second time.
     """
     random = torch.Generator().manual_seed(0)
     x, directions = torch.randn(1200, 16, generator=random), torch.randn(16, 4, generator=random)
@@ -29,8 +34,10 @@ def load_data(root=None):
 def train(net, data, *, epochs=3, lr=0.1, batch_size=32, seed=0):
     """Train `net` in place on `data = (x, y)`, and return the mean loss per sample of the last epoch.
 
-    A client calls this in each round, with its own samples. The defaults are for training without a federation, but the
-    one of `lr`, which is also what the clients use unless the run config says learning-rate.
+    A client calls this in each round, with its own samples. `epochs` is how many times each of them is used, `lr` the
+    learning rate, `batch_size` the number of samples in a step, and everything random comes from `seed`. The defaults
+    are for training without a federation, except that of `lr`: clients use it, too, unless the run config has a
+    learning-rate.
     """
     x, y = data
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
@@ -49,7 +56,7 @@ def train(net, data, *, epochs=3, lr=0.1, batch_size=32, seed=0):
 
 @torch.no_grad()
 def test(net, data):
-    """Return the mean loss per sample and the accuracy in 0..1."""
+    """Return the mean loss per sample of `data = (x, y)`, and the accuracy in 0..1."""
     x, y = data
     outputs = net.eval()(x)
     return F.cross_entropy(outputs, y).item(), (outputs.argmax(1) == y).double().mean().item()
