@@ -1,0 +1,156 @@
+"""What a net computes for samples, with the preprocessing of the script's own test().
+
+PyTorch tells a hook what a net was called with and what it returned, while test() runs. Keras and Flax have no such
+hook, so their nets are called with the samples themselves; whether that is what test() does is then checked.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from federation.app import metrics, samples, weights
+from federation.app.console import one_line
+
+BATCH = 500
+PROBED = 64  # samples that are computed a second time, in reversed order
+TOLERANCE = 1e-3  # between two results for one sample, relative to the largest; rounding causes up to 1e-5
+Values = NDArray[Any]
+
+
+class Call(NamedTuple):
+    """What a net was called with, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@contextmanager
+def watched(net: Any, calls: list[Call]) -> Iterator[None]:
+    """Note the calls of a torch.nn.Module."""
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(Call(args, kwargs, output))
+
+    hook = net.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def outputs(task: ModuleType, net: Any, data: Any) -> Values:
+    """Return the output of `net` for each sample of `data`, of shape (n, classes), in their order.
+
+    Raises ValueError where it cannot be had, or is something else than scores of classes.
+    """
+    kind = weights.framework(net).model
+    if kind == weights.Arrays.model:
+        raise ValueError(f"{task.__name__}.Net() is a dictionary of arrays: only test() knows how to compute with it, "
+                         "and returns no predictions")  # fmt: skip
+    found = _by_hook(task, net, data) if kind == weights.Torch.model else _by_call(task, net, data)
+    if found.ndim != 2 or found.shape[1] < 2 or not np.isfinite(found).all():
+        shape = tuple(found.shape[1:])
+        raise ValueError(f"{task.__name__}.Net() computes {'values' if np.isfinite(found).all() else 'NaN or Inf'} of "
+                         f"shape {shape} for a sample; classes need one finite score each")  # fmt: skip
+    return found
+
+
+def probabilities(scores: Values) -> Values:
+    """Return probabilities, (n, classes), of logits or of what are probabilities already."""
+    if (scores >= 0).all() and np.allclose(scores.sum(1), 1, atol=1e-3):
+        return scores
+    powers = np.exp(scores - scores.max(1, keepdims=True))
+    return np.asarray(powers / powers.sum(1, keepdims=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ PyTorch
+
+
+def _by_hook(task: ModuleType, net: Any, data: Any) -> Values:
+    found = _one_each(task, net, data)
+    rows = np.arange(min(PROBED, samples.count(data)))[::-1]
+    again = _one_each(task, net, samples.take(data, rows))
+    if not _close(again, found[rows]):
+        raise ValueError(f"{task.__name__}.test() does not compute its samples one by one in their order: is it "
+                         "shuffling, or is net.eval() missing?")  # fmt: skip
+    return found
+
+
+def _one_each(task: ModuleType, net: Any, data: Any) -> Values:
+    """Return what `net` computes while test() runs, a row for each sample."""
+    parts = [_scores(task, call.output) for call in calls_in_test(task, net, data)]
+    count, wanted = sum(map(len, parts)), samples.count(data)
+    if count != wanted:
+        raise ValueError(f"{task.__name__}.test() has called the net itself for {count} samples instead of {wanted}")
+    return np.concatenate(parts)
+
+
+def calls_in_test(task: ModuleType, net: Any, data: Any) -> list[Call]:
+    """Return the calls of a torch.nn.Module that the task's own test() makes."""
+    calls: list[Call] = []
+    with watched(net.eval(), calls):
+        run_test(task, net, data)
+    return calls
+
+
+def run_test(task: ModuleType, net: Any, data: Any) -> metrics.Metrics:
+    """Call the task's own test(). Raises ValueError if it fails."""
+    try:
+        returned = task.test(net, data)
+    except Exception as error:  # whatever the script does
+        raise ValueError(f"{task.__name__}.test() failed: {one_line(error)}") from None
+    return metrics.named("test", returned)
+
+
+def _scores(task: ModuleType, output: Any) -> Values:
+    """Return an output as an array; of Transformers, its logits."""
+    tensor = getattr(output, "logits", output)
+    if not isinstance(tensor, sys.modules["torch"].Tensor) or tensor.ndim == 0:
+        kind = type(output).__name__
+        raise ValueError(f"{task.__name__}.Net() returns {kind}; a tensor or something with logits is needed")
+    return np.asarray(tensor.detach().float().cpu().numpy())
+
+
+def _close(one: Values, other: Values) -> bool:
+    return one.shape == other.shape and np.allclose(one, other, rtol=0, atol=TOLERANCE * max(1, np.abs(other).max()))
+
+
+# ----------------------------------------------------------------------------------------------------- Keras and Flax
+
+
+def _by_call(task: ModuleType, net: Any, data: Any) -> Values:
+    if not samples.is_arrays(data):
+        raise ValueError(f"{task.__name__}: predictions of a Keras or Flax model need arrays from load_data()")
+    x, y = samples.take(data)
+    try:
+        found = call(net, x)
+    except Exception as error:  # a net that takes something else
+        raise ValueError(f"{task.__name__}: Net() cannot be called with the samples: {one_line(error)}") from None
+    if found.ndim == 2:
+        _check_test_agrees(task, run_test(task, net, data), probabilities(found), np.asarray(y).ravel())
+    return found
+
+
+def call(net: Any, x: Any) -> Values:
+    """Return what a Keras or Flax model computes for `x`."""
+    if weights.framework(net).model == weights.Keras.model:
+        return np.asarray(net.predict(x, batch_size=BATCH, verbose=0))
+    net.eval()
+    as_array = sys.modules["jax"].numpy.asarray
+    return np.concatenate([np.asarray(net(as_array(x[at : at + BATCH]))) for at in range(0, len(x), BATCH)])
+
+
+def _check_test_agrees(task: ModuleType, tested: metrics.Metrics, found: Values, y: Values) -> None:
+    """Raise ValueError unless test() computes the same: its cross-entropy, or else its accuracy on many samples."""
+    loss = -np.log(np.maximum(found[np.arange(len(y)), y.astype(int)], 1e-7)).mean()
+    accuracy = (found.argmax(1) == y).mean()
+    same_loss = abs(loss - tested["loss"]) <= TOLERANCE * max(1, abs(tested["loss"]))
+    if not same_loss and (len(y) < PROBED or abs(tested.get("accuracy", 2) - accuracy) > 1e-6):
+        raise ValueError(f"{task.__name__}.test() computes something else than the net does for the samples themselves "
+                         "(preprocess them in load_data() or in the model)")  # fmt: skip
