@@ -7,10 +7,10 @@ import typer
 from federation.certificates import certificates
 from federation.check import check
 from federation.compare import compare
+from federation.export import export
 from federation.launch.client_command import client
 from federation.launch.command_line import WIDTH, add_command, run
 from federation.launch.server_command import server
-from federation.export import export
 from federation.new import new
 from federation.predict import predict
 

@@ -13,6 +13,7 @@ from federation.app import samples, weights
 from federation.app.console import one_line
 from federation.app.run_folder import write_atomically
 from federation.app.task import find_data, read_data
+from federation.inference.images import class_names
 from federation.inference.outputs import call, calls_in_test
 from federation.inference.saved_model import SavedModel, about, load_model, read_record
 
@@ -32,10 +33,11 @@ class Reference(NamedTuple):
 def export(path: Path, data: str, task: str, to: Path) -> int:
     """Write the ONNX file `to`, unless it computes something else than the model; return the exit status."""
     record = read_record(path, task)
-    model = load_model(path, record)
+    root = data or record.data
+    model = load_model(path, record, len(class_names(root)))
     exporter = exporter_of(model)
     print(about(model))
-    test = read_data(model.task, find_data(model.task, data or record.data))[1]
+    test = read_data(model.task, find_data(model.task, root))[1]
     few = samples.take(test, np.arange(min(CHECKED, samples.count(test))))
     to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(to, lambda unfinished: check(unfinished, exporter(model, few, unfinished)))
@@ -101,8 +103,8 @@ def check(file: Path, reference: Reference) -> None:
     apart = max(_difference(session, reference, size) for size in (1, count))
     limit = TOLERANCE * max(1.0, float(np.abs(reference.output).max()))
     if not apart <= limit:
-        raise ValueError(f"the exported model computes something else: outputs differ by up to {apart:.2g}, and at most "
-                         f"{limit:.2g} is accepted; nothing is kept")  # fmt: skip
+        raise ValueError(f"the exported model computes something else: outputs differ by up to {apart:.2g}, which is "
+                         f"more than {limit:.2g}; nothing is kept")  # fmt: skip
     inputs, outputs = ([_described(one) for one in side] for side in (session.get_inputs(), session.get_outputs()))
     print(f"input {', '.join(inputs)}; output {', '.join(outputs)}")
     print(f"onnxruntime on {count} samples: outputs differ by up to {apart:.2g} (accepted: {limit:.2g})")

@@ -4,6 +4,7 @@ A task reads, resizes and normalises images in its own way. So they are not read
 layout that a task with images expects, train/<class>/ and test/<class>/, and its own load_data() reads that one.
 """
 
+import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,15 +100,16 @@ def staged(images: Images, names: Sequence[str], folder: Path) -> Iterator[Stage
     places = images.labels or [names[row % len(names)] for row in range(len(images.files))]
     chosen = [*zip(places, range(len(places)), strict=True), *((name, -1) for name in {*names} - {*places})]
     chosen.sort()
+    shuffled = random.Random(0).sample(chosen, len(chosen))  # so that no task finds them in order without sorting
     try:
-        sources = {str(_link(images, root, name, row)): images.files[max(row, 0)] for name, row in chosen}
+        sources = {str(_link(images, root, name, row)): images.files[max(row, 0)] for name, row in shuffled}
         yield Staged(root, [row for _, row in chosen], [name for name, _ in chosen], sources)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
 def _link(images: Images, root: Path, name: str, row: int) -> Path:
-    """Make the link to an image in the test part, and to the first of its class in the training part, too."""
+    """Make the link to an image in the test part; and in the training part, which needs one of each class."""
     source = images.files[max(row, 0)].absolute()
     test, train = (root / split / name / f"{row:09d}{source.suffix}" for split in ("test", "train"))
     for link in (test,) if train.parent.is_dir() else (test, train):

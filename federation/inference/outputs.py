@@ -69,6 +69,11 @@ def probabilities(scores: Values) -> Values:
     return np.asarray(powers / powers.sum(1, keepdims=True))
 
 
+def close(one: Values, other: Values) -> bool:
+    """Tell whether two arrays of outputs are equal, except for rounding."""
+    return one.shape == other.shape and np.allclose(one, other, rtol=0, atol=TOLERANCE * max(1, np.abs(other).max()))
+
+
 # ------------------------------------------------------------------------------------------------------------ PyTorch
 
 
@@ -76,7 +81,7 @@ def _by_hook(task: ModuleType, net: Any, data: Any) -> Values:
     found = _one_each(task, net, data)
     rows = np.arange(min(PROBED, samples.count(data)))[::-1]
     again = _one_each(task, net, samples.take(data, rows))
-    if not _close(again, found[rows]):
+    if not close(again, found[rows]):
         raise ValueError(f"{task.__name__}.test() does not compute its samples one by one in their order: is it "
                          "shuffling, or is net.eval() missing?")  # fmt: skip
     return found
@@ -115,10 +120,6 @@ def _scores(task: ModuleType, output: Any) -> Values:
         kind = type(output).__name__
         raise ValueError(f"{task.__name__}.Net() returns {kind}; a tensor or something with logits is needed")
     return np.asarray(tensor.detach().float().cpu().numpy())
-
-
-def _close(one: Values, other: Values) -> bool:
-    return one.shape == other.shape and np.allclose(one, other, rtol=0, atol=TOLERANCE * max(1, np.abs(other).max()))
 
 
 # ----------------------------------------------------------------------------------------------------- Keras and Flax

@@ -1,8 +1,7 @@
 """Predict the classes of samples with a saved model, by the script's own load_data() and test()."""
 
 import csv
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +20,10 @@ from federation.inference.images import (
     names_by_label,
     staged,
 )
-from federation.inference.outputs import outputs, probabilities
+from federation.inference.outputs import close, outputs, probabilities
 from federation.inference.saved_model import SavedModel, about, load_model, read_record
 
+PROBED = 64  # images that are read a second time
 SHOWN = 20  # of more samples, only the first are printed
 
 
@@ -67,27 +67,39 @@ def predict(path: Path, data: str, task: str, classes: Sequence[str], out: Path)
         known = list(classes) or class_names(record.data) or class_names(root) or folders_of(images)
         model = load_model(path, record, len(known))
         print(about(model))
-        with images_or_data(model, root, images, known, out) as found:
-            scores = outputs(model.task, model.net, samples.take(found.data))
-        predictions = judge(found, scores)
-        report(predictions, out)
+        found, scores = computed(model, root, images, known, out)
+        report(judge(found, scores), out)
     return 0
 
 
 # -------------------------------------------------------------------------------------------------------- the samples
 
 
-@contextmanager
-def images_or_data(
+def computed(
     model: SavedModel, root: str, images: Images | None, known: list[str], out: Path
-) -> Iterator[Samples]:
-    """Open image files through the task's load_data(), or else whatever data it finds at `root`."""
+) -> tuple[Samples, NDArray[Any]]:
+    """Return samples, and what the model computes for each: image files, or else whatever data are at `root`.
+
+    Raises ValueError where the task cannot read them, or in an order of its own.
+    """
     if images is None:
-        yield open_data(model, root, known)
-        return
+        found = open_data(model, root, known)
+        return found, outputs(model.task, model.net, samples.take(found.data))
+    found, scores = computed_for_images(model, images, known, out)
+    few = Images(images.root, images.files[PROBED::-1], images.labels and images.labels[PROBED::-1])
+    _, again = computed_for_images(model, few, known, out)  # in reversed order, which sorting undoes, and nothing else
+    if not close(again[::-1], scores[: len(again)]):
+        raise ValueError(f"{model.record.task}.load_data() does not read images in the order of their sorted paths, so "
+                         "it is unknown which prediction is whose")  # fmt: skip
+    return found, scores
+
+
+def computed_for_images(model: SavedModel, images: Images, known: list[str], out: Path) -> tuple[Samples, NDArray[Any]]:
+    """Return images, and what the model computes for each, by the task's own load_data() and test()."""
     folders = known or [f"{label:09d}" for label in range(model.record.classes or 2)]  # tasks want at least two
     with staged(images, folders, out) as stage:
-        yield open_images(model, images, stage, bool(known))
+        found = open_images(model, images, stage, bool(known))
+        return found, outputs(model.task, model.net, samples.take(found.data))[found.rows]
 
 
 def open_data(model: SavedModel, root: str, known: list[str]) -> Samples:
@@ -96,8 +108,8 @@ def open_data(model: SavedModel, root: str, known: list[str]) -> Samples:
     count = samples.count(test)
     labels = np.asarray(samples.labels(test))
     if labels.shape != (count,) or labels.dtype.kind not in "biu" or labels.min() < 0:
-        raise ValueError(f"the labels of {model.task.__name__}, of type {labels.dtype} and shape {labels.shape}, are no "
-                         "classes: whole numbers from 0 are needed")  # fmt: skip
+        raise ValueError(f"{model.record.task} has labels of type {labels.dtype} and shape {labels.shape}, but classes "
+                         "are needed: whole numbers from 0")  # fmt: skip
     classes = known or list(map(str, getattr(test, "classes", ())))
     return Samples(test, np.arange(count), [f"test {row}" for row in range(count)], labels.astype(np.int64), classes)
 
@@ -134,7 +146,7 @@ def judge(found: Samples, scores: NDArray[Any]) -> Predictions:
                          f"{', '.join(found.classes)}; name all of them by --classes")  # fmt: skip
     if found.labels is not None and found.labels.max() >= count:
         raise ValueError(f"there is a label {found.labels.max()}, but the model tells only {count} classes apart")
-    shares = probabilities(scores)[found.rows]
+    shares = probabilities(scores)
     classes = found.classes or list(map(str, range(count)))
     return Predictions(found.names, classes, shares.argmax(1), shares.max(1), found.labels)
 

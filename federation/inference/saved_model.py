@@ -70,12 +70,15 @@ def _record(metrics: dict[str, Any]) -> Record:
     return Record(task, data, metrics["seed"], counted if counted > 1 else 0, rounds, metrics["config"]["personal"])
 
 
-def load_model(path: Path, record: Record, classes: int = 0) -> SavedModel:
-    """Load a model into the Net() of its task. Raises ValueError where it is missing, damaged or another one."""
+def load_model(path: Path, record: Record, classes: int) -> SavedModel:
+    """Load a model into the Net() of its task, with so many classes where the record does not say how many.
+
+    Raises ValueError where it is missing, damaged or another one.
+    """
     if not path.is_file():
         raise ValueError(f"there is no model {path}")
     task = load_task(record.task)
-    net = build_net(task, record.seed, classes or record.classes)
+    net = build_net(task, record.seed, record.classes or classes)
     weights.to_net(weights.read_model(path, net), net)
     return SavedModel(path, record, task, net)
 
