@@ -16,7 +16,7 @@ def predict(
         str, Option(metavar="DIR", help="images, or what the script reads (default: that of the run)")
     ] = "",
     task: Annotated[str, Option(metavar="MODULE", help="(default: that of the run, or cifar)")] = "",
-    classes: Annotated[str, Option(metavar="'NAME …'", help="of all classes (default: the folders of the data)")] = "",
+    classes: Annotated[str, Option(metavar="NAME,…", help="of all classes (default: the folders of the data)")] = "",
     out: Annotated[
         Path, Option(metavar="DIR", help="for predictions.csv and confusion.png (default: runs/predict)")
     ] = Path("runs/predict"),
@@ -33,7 +33,7 @@ def predict(
     from federation.inference.predict import predict as run  # here, so that --help need not wait for Flower
     from federation.inference.saved_model import find_model
 
-    return run(find_model(model), data, task, classes.split(), out)
+    return run(find_model(model), data, task, [name.strip() for name in classes.split(",") if name.strip()], out)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,10 @@ def check(file: Path, reference: Reference) -> None:
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     count = len(reference.output)
-    apart = max(_difference(session, reference, size) for size in (1, count))
+    try:
+        apart = max(_difference(session, reference, size) for size in (1, count))
+    except Exception as error:  # of onnxruntime's own kinds
+        raise ValueError(f"onnxruntime cannot run the exported model: {one_line(error)[:300]}") from None
     limit = TOLERANCE * max(1.0, float(np.abs(reference.output).max()))
     if not apart <= limit:
         raise ValueError(f"the exported model computes something else: outputs differ by up to {apart:.2g}, which is "

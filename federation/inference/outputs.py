@@ -79,7 +79,7 @@ def close(one: Values, other: Values) -> bool:
 
 def _by_hook(task: ModuleType, net: Any, data: Any) -> Values:
     found = _one_each(task, net, data)
-    rows = np.arange(min(PROBED, samples.count(data)))[::-1]
+    rows = np.arange(min(PROBED, samples.count(data)))[::-1].copy()  # torch takes no negative strides
     again = _one_each(task, net, samples.take(data, rows))
     if not close(again, found[rows]):
         raise ValueError(f"{task.__name__}.test() does not compute its samples one by one in their order: is it "

@@ -86,7 +86,7 @@ def computed(
         found = open_data(model, root, known)
         return found, outputs(model.task, model.net, samples.take(found.data))
     found, scores = computed_for_images(model, images, known, out)
-    few = Images(images.root, images.files[PROBED::-1], images.labels and images.labels[PROBED::-1])
+    few = Images(images.root, images.files[PROBED - 1 :: -1], images.labels and images.labels[PROBED - 1 :: -1])
     _, again = computed_for_images(model, few, known, out)  # in reversed order, which sorting undoes, and nothing else
     if not close(again[::-1], scores[: len(again)]):
         raise ValueError(f"{model.record.task}.load_data() does not read images in the order of their sorted paths, so "
