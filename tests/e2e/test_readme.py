@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"', 'pip install ".[dp]"',  # by .ci/run, as extras of make install
+    'pip install ".[onnx]"',
     "python -m federation.compare --quick",  # by test_compare
     "python -m federation.compare --quick --strategies scaffold",  # likewise
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
@@ -65,7 +66,14 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
 }  # fmt: skip
 
 
-SETTINGS = "rounds", "strategies", "topologies", "compression", "privacy"  # pages of which the settings are played
+SETTINGS = (
+    "rounds",
+    "strategies",
+    "teaching",
+    "topologies",
+    "compression",
+    "privacy",
+)  # pages of which the settings are played
 PLAYED = {
     command
     for page in SETTINGS
@@ -129,6 +137,40 @@ def test_every_command_is_run_by_a_test() -> None:
 
 def test_no_command_is_excused_that_no_page_shows() -> None:
     assert RUN_ELSEWHERE <= COMMANDS
+
+
+TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
+
+
+def test_the_tutorial_is_kept_with_its_outputs() -> None:
+    cells = json.loads(TUTORIAL.read_text("utf-8"))["cells"]
+    assert len(cells) == 10 and TUTORIAL.stat().st_size < 500_000
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    targets = re.findall(r"\]\((?!\w+:)([^)]+)\)", "".join(texts))
+    assert targets and all((ROOT / "docs" / target).exists() for target in targets)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] and not [one for one in cell["outputs"] if one["output_type"] == "error"]
+            printed = "".join("".join(one.get("text", "")) for one in cell["outputs"])
+            assert not re.search(r"/(root|home|tmp)/", printed), "a path of the machine on which it was run"
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(terminals: Terminals, checkout: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(TUTORIAL, as_version=4)
+    where = {"metadata": {"path": str(checkout / "docs")}}
+    nbclient.NotebookClient(notebook, timeout=400, resources=where).execute(env=terminals.environment)
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    alone, federated, written, skewed, used = ("".join(one.get("text", "") for one in cell) for cell in outputs)
+    pictures = [sum("image/png" in one.get("data", {}) for one in cell) for cell in outputs]
+    assert pictures == [0, 0, 1, 1, 1]
+    assert "saved runs/centralized/model.pt" in alone
+    assert "exit status of the clients: [0, 0]" in federated, federated
+    accuracies = [row["server_accuracy"] for row in metrics(checkout / "runs" / "tutorial")["rounds"]]
+    assert re.findall(r"accuracy ([\d.]+),", written) == [f"{accuracy:.4f}" for accuracy in accuracies]
+    last = metrics(checkout / "runs" / "tutorial-skew")["rounds"][-1]["server_accuracy"]
+    assert f"{last:.4f}" in skewed and f"accuracy {last:.4f} on 2,000 samples" in used, used
 
 
 def metrics(folder: Path) -> dict:
@@ -210,6 +252,17 @@ def test_own_images_centralized_and_simulated(terminals: Terminals, checkout: Pa
     assert [client.wait(30) for client in clients] == [0, 0]
     rounds = metrics(checkout / "runs" / "federated")["rounds"]
     assert rounds[:4] == begun and [row["clients"] for row in rounds] == [None] + [2] * 4
+    use_the_model(terminals, checkout, rounds[-1]["server_accuracy"])
+
+
+def use_the_model(terminals: Terminals, checkout: Path, accuracy: float) -> None:
+    predict = terminals.shell("python -m federation.predict --data DIR", checkout)
+    assert predict.wait() == 0 and f"accuracy {accuracy:.4f} on 100 samples" in predict.text, predict.text
+    assert len((checkout / "runs" / "predict" / "predictions.csv").read_text().splitlines()) == 101
+    pytest.importorskip("onnxscript")
+    export = terminals.shell("python -m federation.export --to model.onnx", checkout)
+    assert export.wait() == 0 and "onnxruntime on 64 samples: outputs differ by up to" in export.text, export.text
+    assert (checkout / "model.onnx").stat().st_size > 4 * 62_006
 
 
 @pytest.mark.slow
