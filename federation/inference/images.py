@@ -34,7 +34,7 @@ class Staged(NamedTuple):
     root: Path
     rows: list[int]
     folders: list[str]
-    sources: dict[str, Path]  # the image behind each link
+    sources: dict[str, Path]  # the image behind each link, by its path in either part
 
 
 def find_images(root: Path) -> Images | None:
@@ -102,13 +102,13 @@ def staged(images: Images, names: Sequence[str], folder: Path) -> Iterator[Stage
     chosen.sort()
     shuffled = random.Random(0).sample(chosen, len(chosen))  # so that no task finds them in order without sorting
     try:
-        sources = {str(_link(images, root, name, row)): images.files[max(row, 0)] for name, row in shuffled}
+        sources = {_link(images, root, name, row): images.files[max(row, 0)] for name, row in shuffled}
         yield Staged(root, [row for _, row in chosen], [name for name, _ in chosen], sources)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _link(images: Images, root: Path, name: str, row: int) -> Path:
+def _link(images: Images, root: Path, name: str, row: int) -> str:
     """Make the link to an image in the test part; and in the training part, which needs one of each class."""
     source = images.files[max(row, 0)].absolute()
     test, train = (root / split / name / f"{row:09d}{source.suffix}" for split in ("test", "train"))
@@ -118,7 +118,7 @@ def _link(images: Images, root: Path, name: str, row: int) -> Path:
             link.symlink_to(source)
         except OSError:  # on Windows, links need a right of their own
             shutil.copyfile(source, link)
-    return test
+    return str(Path(name, test.name))
 
 
 def names_by_label(stage: Staged, labels: Any) -> list[str]:

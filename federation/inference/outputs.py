@@ -53,11 +53,13 @@ def outputs(task: ModuleType, net: Any, data: Any) -> Values:
     if kind == weights.Arrays.model:
         raise ValueError(f"{task.__name__}.Net() is a dictionary of arrays: only test() knows how to compute with it, "
                          "and returns no predictions")  # fmt: skip
-    found = _by_hook(task, net, data) if kind == weights.Torch.model else _by_call(task, net, data)
+    by_hook = kind == weights.Torch.model
+    found = (_by_hook if by_hook else _by_call)(task, net, data)
     if found.ndim != 2 or found.shape[1] < 2 or not np.isfinite(found).all():
         shape = tuple(found.shape[1:])
         raise ValueError(f"{task.__name__}.Net() computes {'values' if np.isfinite(found).all() else 'NaN or Inf'} of "
                          f"shape {shape} for a sample; classes need one finite score each")  # fmt: skip
+    (_check_order if by_hook else _check_test_agrees)(task, net, data, found)
     return found
 
 
@@ -78,22 +80,20 @@ def close(one: Values, other: Values) -> bool:
 
 
 def _by_hook(task: ModuleType, net: Any, data: Any) -> Values:
-    found = _one_each(task, net, data)
-    rows = np.arange(min(PROBED, samples.count(data)))[::-1].copy()  # torch takes no negative strides
-    again = _one_each(task, net, samples.take(data, rows))
-    if not close(again, found[rows]):
-        raise ValueError(f"{task.__name__}.test() does not compute its samples one by one in their order: is it "
-                         "shuffling, or is net.eval() missing?")  # fmt: skip
-    return found
-
-
-def _one_each(task: ModuleType, net: Any, data: Any) -> Values:
     """Return what `net` computes while test() runs, a row for each sample."""
     parts = [_scores(task, call.output) for call in calls_in_test(task, net, data)]
     count, wanted = sum(map(len, parts)), samples.count(data)
     if count != wanted:
         raise ValueError(f"{task.__name__}.test() has called the net itself for {count} samples instead of {wanted}")
     return np.concatenate(parts)
+
+
+def _check_order(task: ModuleType, net: Any, data: Any, found: Values) -> None:
+    """Raise ValueError unless each sample has its own output: some are computed again, the last of them first."""
+    rows = np.arange(min(PROBED, samples.count(data)))[::-1].copy()  # torch takes no negative strides
+    if not close(_by_hook(task, net, samples.take(data, rows)), found[rows]):
+        raise ValueError(f"{task.__name__}.test() does not compute its samples one by one in their order: is it "
+                         "shuffling, or is net.eval() missing?")  # fmt: skip
 
 
 def calls_in_test(task: ModuleType, net: Any, data: Any) -> list[Call]:
@@ -126,16 +126,13 @@ def _scores(task: ModuleType, output: Any) -> Values:
 
 
 def _by_call(task: ModuleType, net: Any, data: Any) -> Values:
+    """Return what `net` computes for the samples themselves."""
     if not samples.is_arrays(data):
         raise ValueError(f"{task.__name__}: predictions of a Keras or Flax model need arrays from load_data()")
-    x, y = samples.take(data)
     try:
-        found = call(net, x)
+        return call(net, samples.take(data)[0])
     except Exception as error:  # a net that takes something else
         raise ValueError(f"{task.__name__}: Net() cannot be called with the samples: {one_line(error)}") from None
-    if found.ndim == 2:
-        _check_test_agrees(task, run_test(task, net, data), probabilities(found), np.asarray(y).ravel())
-    return found
 
 
 def call(net: Any, x: Any) -> Values:
@@ -147,10 +144,12 @@ def call(net: Any, x: Any) -> Values:
     return np.concatenate([np.asarray(net(as_array(x[at : at + BATCH]))) for at in range(0, len(x), BATCH)])
 
 
-def _check_test_agrees(task: ModuleType, tested: metrics.Metrics, found: Values, y: Values) -> None:
+def _check_test_agrees(task: ModuleType, net: Any, data: Any, found: Values) -> None:
     """Raise ValueError unless test() computes the same: its cross-entropy, or else its accuracy on many samples."""
-    loss = -np.log(np.maximum(found[np.arange(len(y)), y.astype(int)], 1e-7)).mean()
-    accuracy = (found.argmax(1) == y).mean()
+    tested, y = run_test(task, net, data), np.asarray(samples.labels(data)).ravel().astype(int)
+    shares = probabilities(found)
+    loss = -np.log(np.maximum(shares[np.arange(len(y)), y], 1e-7)).mean()
+    accuracy = (shares.argmax(1) == y).mean()
     same_loss = abs(loss - tested["loss"]) <= TOLERANCE * max(1, abs(tested["loss"]))
     if not same_loss and (len(y) < PROBED or abs(tested.get("accuracy", 2) - accuracy) > 1e-6):
         raise ValueError(f"{task.__name__}.test() computes something else than the net does for the samples themselves "

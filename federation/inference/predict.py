@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,8 +131,8 @@ def open_images(model: SavedModel, images: Images, stage: Staged, named: bool) -
 
 def _with_sources(text: str, images: Images, stage: Staged) -> str:
     """Return a message with the user's own files in place of the links to them."""
-    for link, source in stage.sources.items():
-        text = text.replace(link, str(source))
+    for split, (link, source) in product(("train", "test"), stage.sources.items()):
+        text = text.replace(str(stage.root / split / link), str(source))
     return text.replace(str(stage.root), str(images.root))
 
 
