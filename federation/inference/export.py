@@ -14,7 +14,7 @@ from federation.app.console import one_line
 from federation.app.run_folder import write_atomically
 from federation.app.task import find_data, read_data
 from federation.inference.images import class_names
-from federation.inference.outputs import call, calls_in_test
+from federation.inference.outputs import call, run_watched
 from federation.inference.saved_model import SavedModel, about, load_model, read_record
 
 CHECKED = 64  # samples
@@ -63,13 +63,14 @@ def exporter_of(model: SavedModel) -> Callable[[SavedModel, Any, Path], Referenc
 def export_torch(model: SavedModel, few: Any, to: Path) -> Reference:
     """Export a torch.nn.Module with what test() calls it with, as a batch of any size."""
     torch = sys.modules["torch"]
-    calls = calls_in_test(model.task, model.net.cpu(), few)
-    if not calls or calls[0].kwargs or not all(isinstance(arg, torch.Tensor) for arg in calls[0].args):
+    calls: list[tuple[Any, ...]] = []
+    run_watched(model.task, model.net.cpu(), few, lambda _, *call: calls.append(call))
+    args, kwargs, output = calls[0] if calls else ((), {}, None)
+    if not args or kwargs or not all(isinstance(arg, torch.Tensor) for arg in args):
         raise ValueError(
             f"{model.record.task}.test() should call the net with tensors by position; ONNX takes no other"
         )
-    output = getattr(calls[0].output, "logits", calls[0].output)
-    inputs = tuple(arg.detach().cpu() for arg in calls[0].args)
+    inputs = tuple(arg.detach().cpu() for arg in args)
     batches = tuple(torch.cat([arg, arg]) for arg in inputs)  # a batch of one would be exported as just that
     try:
         program = torch.onnx.export(
@@ -79,7 +80,8 @@ def export_torch(model: SavedModel, few: Any, to: Path) -> Reference:
         program.save(to, external_data=False)
     except Exception as error:  # of many kinds: not every operation can be exported
         raise ValueError(f"PyTorch cannot export {model.record.task}: {one_line(error)[:300]}") from None
-    return Reference([arg.numpy() for arg in inputs], output.detach().cpu().numpy())
+    scores = getattr(output, "logits", output)
+    return Reference([arg.numpy() for arg in inputs], scores.detach().cpu().numpy())
 
 
 def export_keras(model: SavedModel, few: Any, to: Path) -> Reference:

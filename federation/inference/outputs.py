@@ -5,10 +5,9 @@ hook, so their nets are called with the samples themselves; whether that is what
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,28 +19,6 @@ BATCH = 500
 PROBED = 64  # samples that are computed a second time, in reversed order
 TOLERANCE = 1e-3  # between two results for one sample, relative to the largest; rounding causes up to 1e-5
 Values = NDArray[Any]
-
-
-class Call(NamedTuple):
-    """What a net was called with, and what it returned."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Any
-
-
-@contextmanager
-def watched(net: Any, calls: list[Call]) -> Iterator[None]:
-    """Note the calls of a torch.nn.Module."""
-
-    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(Call(args, kwargs, output))
-
-    hook = net.register_forward_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def outputs(task: ModuleType, net: Any, data: Any) -> Values:
@@ -81,7 +58,8 @@ def close(one: Values, other: Values) -> bool:
 
 def _by_hook(task: ModuleType, net: Any, data: Any) -> Values:
     """Return what `net` computes while test() runs, a row for each sample."""
-    parts = [_scores(task, call.output) for call in calls_in_test(task, net, data)]
+    parts: list[Values] = []
+    run_watched(task, net, data, lambda _, args, kwargs, output: parts.append(_scores(task, output)))
     count, wanted = sum(map(len, parts)), samples.count(data)
     if count != wanted:
         raise ValueError(f"{task.__name__}.test() has called the net itself for {count} samples instead of {wanted}")
@@ -96,12 +74,13 @@ def _check_order(task: ModuleType, net: Any, data: Any, found: Values) -> None:
                          "shuffling, or is net.eval() missing?")  # fmt: skip
 
 
-def calls_in_test(task: ModuleType, net: Any, data: Any) -> list[Call]:
-    """Return the calls of a torch.nn.Module that the task's own test() makes."""
-    calls: list[Call] = []
-    with watched(net.eval(), calls):
+def run_watched(task: ModuleType, net: Any, data: Any, note: Callable[[Any, Any, Any, Any], None]) -> None:
+    """Run the task's own test(); call `note(net, args, kwargs, output)` whenever it calls a torch.nn.Module."""
+    hook = net.eval().register_forward_hook(note, with_kwargs=True)
+    try:
         run_test(task, net, data)
-    return calls
+    finally:
+        hook.remove()
 
 
 def run_test(task: ModuleType, net: Any, data: Any) -> metrics.Metrics:
