@@ -1,5 +1,6 @@
 """The README and the pages in docs/ are right: links lead somewhere, and every command that they show is run."""
 
+import argparse
 import json
 import re
 import shlex
@@ -192,16 +193,26 @@ def checkout(terminals: Terminals) -> Path:
     return folder
 
 
+def played() -> argparse.ArgumentParser:
+    """Return what reads the commands that are played. The data are those of DIR, whichever the command names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("script", choices=["server.py"])
+    parser.add_argument("--simulate", type=int, required=True)
+    parser.add_argument("--data", choices=["embedded"])
+    parser.add_argument("--task", default="cifar")
+    parser.add_argument("--run-config", required=True)
+    return parser
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "in_a_run")
 @pytest.mark.parametrize("command", sorted(PLAYED))
 def test_settings_are_played(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run config of each command, in one process: that the options themselves work is known from the others."""
     monkeypatch.chdir(checkout)
-    _, script, simulate, clients, run_config, text, *more = shlex.split(command)
-    assert (script, simulate, run_config, more) == ("server.py", "--simulate", "--run-config", [])
-    config = {"data": str(checkout / "DIR"), "out": str(checkout / "out"), "num-clients": int(clients)} | parse(text)
-    config |= {"num-server-rounds": 2}
+    given = played().parse_args(shlex.split(command)[1:])
+    config = {"data": str(checkout / "DIR"), "out": str(checkout / "out"), "num-clients": given.simulate}
+    config |= {"task": given.task, "min-partition-size": 1} | parse(given.run_config) | {"num-server-rounds": 2}
     grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
     server.main(grid, Context(1, 0, {}, RecordDict(), config))
     assert metrics(checkout / "out")["status"] == "finished"
