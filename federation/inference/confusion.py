@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 MOST_NUMBERS = 20  # classes: of more, the numbers would overlap
 MOST_NAMES = 60
+LONG: dict[str, Any] = {"rotation": 45, "ha": "right"}  # for names that would overlap
 
 Counts = NDArray[np.int64]
 
@@ -22,7 +24,7 @@ def confusion(labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: 
 def worst(counts: Counts, names: Sequence[str]) -> str:
     """Say which two classes are confused most often, "" if none are."""
     wrong = counts - np.diag(np.diag(counts))
-    row, column = np.unravel_index(wrong.argmax(), wrong.shape)
+    row, column = map(int, np.unravel_index(wrong.argmax(), wrong.shape))
     if not wrong[row, column]:
         return ""
     return f"{names[row]} taken for {names[column]}, {wrong[row, column]:,} of {counts[row].sum():,}"
@@ -38,7 +40,7 @@ def draw(counts: Counts, names: Sequence[str], title: str, path: Path) -> None:
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     if len(names) <= MOST_NAMES:
-        axes.set_xticks(range(len(names)), names, rotation=45 if max(map(len, names)) > 3 else 0, ha="right")
+        axes.set_xticks(range(len(names)), names, **LONG if max(map(len, names)) > 3 else {})
         axes.set_yticks(range(len(names)), names)
     if len(names) <= MOST_NUMBERS:
         for row, column in np.argwhere(counts):
