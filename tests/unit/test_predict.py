@@ -304,3 +304,35 @@ def test_the_picture_shows_each_number_in_its_place(tmp_path: Path, monkeypatch:
     assert np.asarray(axes.images[0].get_array()).tolist() == [[0.5, 0.5, 0], [0, 1, 0], [1, 0, 0]]
     assert confusion.worst(counts, ["a", "b", "c"]) == "c taken for a, 2 of 2"
     assert confusion.worst(np.eye(2, dtype=np.int64), ["a", "b"]) == ""
+
+
+def keras_net() -> tuple[Any, Callable[[Any, Any], Any]]:
+    """Return a net of that framework with three classes, and what computes its logits as a NumPy array."""
+    keras = pytest.importorskip("keras")
+    net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    return net, lambda net, x: net.predict(x, verbose=0)
+
+
+def flax_net() -> tuple[Any, Callable[[Any, Any], Any]]:
+    nnx = pytest.importorskip("flax.nnx")
+    return nnx.Linear(4, 3, rngs=nnx.Rngs(0)), lambda net, x: np.asarray(net(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [keras_net, flax_net])
+def test_other_frameworks_predict_what_their_test_computes_or_nothing(make: Callable[[], Any]) -> None:
+    net, compute = make()
+    x = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
+    y = np.arange(100) % 3
+
+    def task(scale: float) -> Any:
+        def test(net: Any, data: Any) -> tuple[float, float]:
+            found = probabilities(compute(net, scale * data[0]))
+            loss = -np.log(found[np.arange(len(data[1])), data[1]]).mean()
+            return float(loss), float((found.argmax(1) == data[1]).mean())
+
+        return SimpleNamespace(__name__="my_task", test=test)
+
+    assert np.allclose(outputs(task(1), net, (x, y)), compute(net, x), atol=1e-5)
+    with pytest.raises(ValueError, match=r"my_task.test\(\) computes something else than the net does"):
+        outputs(task(-3), net, (x, y))
