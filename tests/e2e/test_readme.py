@@ -1,5 +1,6 @@
 """The README and the pages in docs/ are right: links lead somewhere, and every command that they show is run."""
 
+import argparse
 import json
 import re
 import shlex
@@ -32,6 +33,7 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"', 'pip install ".[dp]"',  # by .ci/run, as extras of make install
+    'pip install ".[onnx]"',
     "python -m federation.compare --quick",  # by test_compare
     "python -m federation.compare --quick --strategies scaffold",  # likewise
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
@@ -65,7 +67,14 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
 }  # fmt: skip
 
 
-SETTINGS = "rounds", "strategies", "topologies", "compression", "privacy"  # pages of which the settings are played
+SETTINGS = (
+    "rounds",
+    "strategies",
+    "teaching",
+    "topologies",
+    "compression",
+    "privacy",
+)  # pages of which the settings are played
 PLAYED = {
     command
     for page in SETTINGS
@@ -131,6 +140,40 @@ def test_no_command_is_excused_that_no_page_shows() -> None:
     assert RUN_ELSEWHERE <= COMMANDS
 
 
+TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
+
+
+def test_the_tutorial_is_kept_with_its_outputs() -> None:
+    cells = json.loads(TUTORIAL.read_text("utf-8"))["cells"]
+    assert len(cells) == 10 and TUTORIAL.stat().st_size < 500_000
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    targets = re.findall(r"\]\((?!\w+:)([^)]+)\)", "".join(texts))
+    assert targets and all((ROOT / "docs" / target).exists() for target in targets)
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] and not [one for one in cell["outputs"] if one["output_type"] == "error"]
+            printed = "".join("".join(one.get("text", "")) for one in cell["outputs"])
+            assert not re.search(r"/(root|home|tmp)/", printed), "a path of the machine on which it was run"
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(terminals: Terminals, checkout: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(TUTORIAL, as_version=4)
+    where = {"metadata": {"path": str(checkout / "docs")}}
+    nbclient.NotebookClient(notebook, timeout=400, resources=where).execute(env=terminals.environment)
+    outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    alone, federated, written, skewed, used = ("".join(one.get("text", "") for one in cell) for cell in outputs)
+    pictures = [sum("image/png" in one.get("data", {}) for one in cell) for cell in outputs]
+    assert pictures == [0, 0, 1, 1, 1]
+    assert "saved runs/centralized/model.pt" in alone
+    assert "exit status of the clients: [0, 0]" in federated, federated
+    accuracies = [row["server_accuracy"] for row in metrics(checkout / "runs" / "tutorial")["rounds"]]
+    assert re.findall(r"accuracy ([\d.]+),", written) == [f"{accuracy:.4f}" for accuracy in accuracies]
+    last = metrics(checkout / "runs" / "tutorial-skew")["rounds"][-1]["server_accuracy"]
+    assert f"{last:.4f}" in skewed and f"accuracy {last:.4f} on 2,000 samples" in used, used
+
+
 def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
@@ -150,16 +193,26 @@ def checkout(terminals: Terminals) -> Path:
     return folder
 
 
+def played() -> argparse.ArgumentParser:
+    """Return what reads the commands that are played. The data are those of DIR, whichever the command names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("script", choices=["server.py"])
+    parser.add_argument("--simulate", type=int, required=True)
+    parser.add_argument("--data", choices=["embedded"])
+    parser.add_argument("--task", default="cifar")
+    parser.add_argument("--run-config", required=True)
+    return parser
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "in_a_run")
 @pytest.mark.parametrize("command", sorted(PLAYED))
 def test_settings_are_played(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run config of each command, in one process: that the options themselves work is known from the others."""
     monkeypatch.chdir(checkout)
-    _, script, simulate, clients, run_config, text, *more = shlex.split(command)
-    assert (script, simulate, run_config, more) == ("server.py", "--simulate", "--run-config", [])
-    config = {"data": str(checkout / "DIR"), "out": str(checkout / "out"), "num-clients": int(clients)} | parse(text)
-    config |= {"num-server-rounds": 2}
+    given = played().parse_args(shlex.split(command)[1:])
+    config = {"data": str(checkout / "DIR"), "out": str(checkout / "out"), "num-clients": given.simulate}
+    config |= {"task": given.task, "min-partition-size": 1} | parse(given.run_config) | {"num-server-rounds": 2}
     grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
     server.main(grid, Context(1, 0, {}, RecordDict(), config))
     assert metrics(checkout / "out")["status"] == "finished"
@@ -210,6 +263,17 @@ def test_own_images_centralized_and_simulated(terminals: Terminals, checkout: Pa
     assert [client.wait(30) for client in clients] == [0, 0]
     rounds = metrics(checkout / "runs" / "federated")["rounds"]
     assert rounds[:4] == begun and [row["clients"] for row in rounds] == [None] + [2] * 4
+    use_the_model(terminals, checkout, rounds[-1]["server_accuracy"])
+
+
+def use_the_model(terminals: Terminals, checkout: Path, accuracy: float) -> None:
+    predict = terminals.shell("python -m federation.predict --data DIR", checkout)
+    assert predict.wait() == 0 and f"accuracy {accuracy:.4f} on 100 samples" in predict.text, predict.text
+    assert len((checkout / "runs" / "predict" / "predictions.csv").read_text().splitlines()) == 101
+    pytest.importorskip("onnxscript")
+    export = terminals.shell("python -m federation.export --to model.onnx", checkout)
+    assert export.wait() == 0 and "onnxruntime on 64 samples: outputs differ by up to" in export.text, export.text
+    assert (checkout / "model.onnx").stat().st_size > 4 * 62_006
 
 
 @pytest.mark.slow

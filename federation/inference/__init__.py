@@ -1,0 +1,1 @@
+"""What a saved model is used for: predictions for new samples, and ONNX."""
