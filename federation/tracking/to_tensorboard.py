@@ -7,8 +7,8 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import api as hparams
-from tensorboard.summary.v1 import text_pb
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from federation.tracking.run import Run
@@ -26,7 +26,7 @@ class Tracker:
         self.writer = EventFileWriter(str(folder))
         # What was written after round `sent` and never noted is sent once more: TensorBoard then drops the first
         self._write(sent, session_log=SessionLog(status=SessionLog.START))
-        self._write(sent, summary=hparams.hparams_pb(run.parameters, trial_id=run.identity))
+        self._write(sent, summary=hparams_pb(run.parameters, trial_id=run.identity))
         rows = (f"| {name} | {value} |" for name, value in run.parameters.items())
         self._write(sent, summary=text_pb("config", "\n".join(["| key | value |", "|---|---|", *rows])))
         return known, sent
