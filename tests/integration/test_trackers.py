@@ -140,13 +140,12 @@ def test_wandb_offline_keeps_the_rounds_the_config_and_the_model(tmp_path: Path)
             found.setdefault(int(items["_step"]), {}).update({key: json.loads(text) for key, text in items.items()})
     for row in metrics["rounds"]:
         assert found[row["round"]].items() >= numbers(row).items()
-    assert len(found) == 4 and found[3]["curves"]["_type"] == "image-file"
+    assert len(found) == 4 and found[3]["curves/_type"] == "image-file"
     config = {item.key: item.value_json for record in records for item in record.run.config.update}
     assert config["num-server-rounds"] == "3" and config["dataset"] == '"tiny"'
     assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1, 0]
-    assert any(
-        record.request.log_artifact.artifact.type == "model" or record.artifact.type == "model" for record in records
-    )
+    (model,) = (record.artifact for record in records if record.HasField("artifact"))
+    assert model.type == "model" and [entry.path for entry in model.manifest.contents] == ["final_model.pt"]
 
 
 @pytest.fixture
