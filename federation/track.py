@@ -14,12 +14,12 @@ def track(
     folder: Annotated[Path, Argument(show_default=False)],
     tracking: Annotated[str, Option(metavar="NAMES", help="tensorboard, mlflow, wandb, or several of them")],
 ) -> int:
-    """Send a run to a tracker: one that was not tracked, or of which the tracker was down at the end.
+    """Send a run to trackers.
 
     \b
     federate track runs/federated --tracking tensorboard
 
-    What the tracker has of the run already is not sent again.
+    This is for a run that was not tracked, and for one that a tracker has only in part. Nothing is sent twice.
     """
     from federation.app.run_folder import lock_run_folder
     from federation.app.tracking import check_installed, split_names

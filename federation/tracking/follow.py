@@ -4,10 +4,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from threading import Event
 
 from federation.tracking.sender import Sender
+from federation.tracking.tracker import module_of
 
 GIVE_UP = 10.0  # seconds after the end of a run after which a tracker that fails is left alone
 PATIENCE = 60.0  # the same for one that only takes long
@@ -31,7 +34,9 @@ def send(folder: Path, names: list[str], say: Callable[[str], None]) -> bool:
 
 
 def start(folder: Path, names: list[str], since: float, ended: Event, say: Callable[[str], None]) -> list[Sender]:
-    sys.modules.setdefault("tensorflow", None)  # type: ignore[arg-type]  # TensorBoard would import it, for seconds
+    for name in names:
+        with suppress(Exception):  # the sender, which imports it again, says what is wrong with it
+            import_module(module_of(name))
     senders = [Sender(name, folder, since, ended, say) for name in names]
     for sender in senders:
         sender.start()

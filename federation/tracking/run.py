@@ -54,7 +54,7 @@ class Run:
         """The run config, and what else was fixed at the start."""
         data, versions = self.metrics["dataset"], self.metrics["versions"]
         found = {"dataset": data["name"], "training-samples": data["train"], "test-samples": data["test"]}
-        return self.metrics["config"] | found | {f"version-{name}": text for name, text in versions.items()}
+        return dict(self.metrics["config"]) | found | {f"version-{name}": text for name, text in versions.items()}
 
     @property
     def pictures(self) -> list[Path]:

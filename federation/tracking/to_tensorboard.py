@@ -1,10 +1,12 @@
 """TensorBoard: event files in the run folder."""
 
 import struct
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat import tf
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -12,6 +14,11 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from federation.tracking.run import Run
+
+if "tensorflow" not in sys.modules:  # TensorBoard would import it, which takes seconds, only to write files
+    sys.modules["tensorflow"] = None  # type: ignore[assignment]
+    tf.io  # noqa: B018 (from now on, TensorBoard uses its stand-in)
+    del sys.modules["tensorflow"]
 
 PNG_SIZE = slice(16, 24)  # bytes of a PNG file: its width and height
 

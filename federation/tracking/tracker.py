@@ -24,7 +24,12 @@ class Tracker(Protocol):
         """Add the pictures and the models, and say how the run has ended."""
 
 
+def module_of(name: str) -> str:
+    """Return the module for a tracker, which imports the library behind it."""
+    return f"federation.tracking.to_{name}"
+
+
 def make_tracker(name: str) -> Tracker:
-    """Return a tracker that is not open yet. The library behind it is imported only then."""
-    tracker: Tracker = import_module(f"federation.tracking.to_{name}").Tracker()
+    """Return a tracker that is not open yet."""
+    tracker: Tracker = import_module(module_of(name)).Tracker()
     return tracker
