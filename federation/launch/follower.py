@@ -29,8 +29,9 @@ def follower(ours: ProcessGroup, config: RunConfig) -> Iterator[None]:
         yield
         has_ended = True
     finally:
-        with suppress(OSError), process.stdin:  # it may have been killed
-            process.stdin.write(str(LEFT[has_ended]))
+        assert process.stdin
+        with suppress(OSError), process.stdin as stream:  # it may have been killed
+            stream.write(str(LEFT[has_ended]))
         with suppress(subprocess.TimeoutExpired):
             process.wait(LEFT[has_ended] + GRACE)
         relayed.join(GRACE)

@@ -23,7 +23,7 @@ from tests.runs import write_run
 from tests.tasks import TINY
 
 pytestmark = pytest.mark.slow
-TIMEOUT = 120
+TIMEOUT = 300  # seconds, of which a server of MLflow takes ten to start where nothing else runs
 
 
 def follower(folder: Path, name: str, **environment: str) -> "subprocess.Popen[str]":
@@ -71,9 +71,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
         server.wait()
 
 
-def test_an_mlflow_server_that_comes_late_gets_all_of_a_run_and_each_round_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_mlflow_server_that_comes_late_gets_all_of_a_run_and_each_round_once(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     run, port = tmp_path / "federated", free_port()
     address = f"http://127.0.0.1:{port}"
@@ -155,6 +153,7 @@ def deaf() -> Iterator[int]:
         yield int(listener.getsockname()[1])
 
 
+@pytest.mark.usefixtures("in_a_run")
 def test_a_tracker_that_never_answers_delays_no_round(
     terminals: Terminals, deaf: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
