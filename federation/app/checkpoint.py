@@ -9,7 +9,7 @@ from federation.app.console import one_line
 
 # Keys that may change when a run is resumed: no completed round depends on them
 RESUMABLE_KEYS = {"resume", "out", "num-server-rounds", "round-timeout", "min-clients", "retries", "patience",
-                  "dp-target-epsilon"}  # fmt: skip
+                  "dp-target-epsilon", "tracking"}  # fmt: skip
 
 
 def save_checkpoint(metrics: dict[str, Any], records: Records, folder: Path) -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from federation.app.combinations import check_combinations
 from federation.app.layout import SCRIPTS
+from federation.app.tracking import split_names
 
 Settings = dict[str, Any]  # bool, int, float or str by their keys
 
@@ -86,6 +87,7 @@ class RunConfig(BaseModel):
     dp_delta: Annotated[float, Field(ge=1e-15, le=0.5)]
     dp_epsilon: Annotated[float, Field(ge=1e-6, le=1e9)]
     dp_target_epsilon: Annotated[float, Field(ge=0, le=1e9)]
+    tracking: str
     resume: bool
 
     @field_validator("train_arguments", "strategy_arguments")
@@ -93,6 +95,11 @@ class RunConfig(BaseModel):
     def _in_order(cls, text: str) -> str:
         """Return the arguments in the order of their names, so that the order in which they are given is no setting."""
         return " ".join(f"{key}={json.dumps(value)}" for key, value in sorted(parse(text).items()))
+
+    @field_validator("tracking")
+    @classmethod
+    def _known_trackers(cls, text: str) -> str:
+        return " ".join(split_names(text)) or "none"
 
     @model_validator(mode="after")
     def _check_clients(self) -> Self:
@@ -132,6 +139,11 @@ class RunConfig(BaseModel):
         if self.learning_rate_schedule == "cosine":
             return self.learning_rate * (1 + math.cos(math.pi * done / self.num_server_rounds)) / 2
         return self.learning_rate
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names of the trackers that the run is sent to."""
+        return split_names(self.tracking)
 
     @property
     def best_key(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord
 
-from federation.app import metrics, samples, weights
+from federation.app import metrics, samples, tracking, weights
 from federation.app.archive import Records
 from federation.app.checkpoint import check_same, checkpoints, load_checkpoint, save_checkpoint
 from federation.app.client_state import forget, last_trained
@@ -25,6 +25,7 @@ from federation.app.partition import Rows
 from federation.app.privacy import note_local
 from federation.app.roster import Past
 from federation.app.run_folder import lock_run_folder, write_atomically
+from federation.app.summary import summary
 
 MOST_SHOWN = 2  # metrics besides the loss
 MOST_CLASSES = 1000  # with more of them, labels are taken for something else
@@ -67,6 +68,9 @@ class Report:
         else:
             forget(self.folder)
         self._write()
+        if MARK not in os.environ and config.trackers:
+            tracking.check_installed(config.trackers)
+            self.follower = tracking.follow(self.folder, config.trackers)  # it ends after this process
         if model.data:
             where = root or "its own data"
             print_to_user(f"{config.task} on {where}: {train:,} training and {test:,} test samples")
@@ -203,6 +207,7 @@ class Report:
         self._write()
         if self.metrics["rounds"][-1]["fairness"]:
             print_to_user(_extremes(self.metrics["rounds"][-1]))
+        print_to_user(summary(self.config, self.metrics["rounds"], self.metrics["best"]))
         print_to_user(f"saved {model} and metrics.json in {self.folder}")
 
     def draw(self) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from federation.launch.command_line import misuse, options, run_script
+from federation.launch import log
+from federation.launch.command_line import FORMATS, misuse, options, run_script
 
 if TYPE_CHECKING:
     from federation.app.config import Settings
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Server = options("The server")
 Data = options("Data and partitions")
 Machine = options("This machine")
+Output = options("What is printed")
 STATE = "runs/client-state"
 
 
@@ -33,6 +35,8 @@ def client(
     state: Annotated[str, Data(metavar="DIR", help="where it keeps its state (default: runs/client-state)")] = STATE,
     clients: Annotated[int, Machine(metavar="N", help="play N clients (default: 1)")] = 1,
     threads: Annotated[int | None, Machine(metavar="N", help="(default: the cores, shared by the clients)")] = None,
+    verbose: Annotated[bool, Output("--verbose", help="show Flower's own lines, too")] = False,
+    log_format: Annotated[str, Output(click_type=FORMATS, help="json: an object per line (default: text)")] = "text",
 ) -> int:
     """Join a federated run, and train on this machine's data.
 
@@ -45,6 +49,7 @@ def client(
 
 def take_part(args: SimpleNamespace) -> int:
     """Join the run that these options name; return the exit status."""
+    log.style.set(args.log_format, args.verbose)
     check_options(args)
     from federation.launch import join, network  # here, so that --help need not wait for Flower
     from federation.security import certificates

@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from federation.launch.command import run_command
 
+FORMATS = click.Choice(["text", "json"])  # of the log, and of what is printed
 WIDTH = {"max_content_width": 100}  # columns of --help, where the terminal has them
 
 

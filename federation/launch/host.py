@@ -15,6 +15,7 @@ from federation.app import hide_tensorflow
 from federation.app.config import RunConfig, SettingError, Settings
 from federation.app.layout import PACKAGE, SCRIPTS
 from federation.launch import warm
+from federation.launch.follower import follower
 from federation.launch.fork_server import PREPARE
 from federation.launch.key_registry import KeyRegistry
 from federation.launch.network import Address, LaunchError, free_port, is_up, shown
@@ -49,11 +50,12 @@ def host_run(
             register.update()
             register.show()
             Thread(target=register.watch, daemon=True).start()
-        run = submit(ours, run_config.changed(data=found["data"]), federation_config, found["files"])
-        if not federation_config:
-            start_proxy(ours, address, inside, ca, tls, found["imports"])
-        preparation.found(tried=True)  # a simulation takes longer to start than this
-        status = relay(run, ours.log, console)
+        with follower(ours, run_config):
+            run = submit(ours, run_config.changed(data=found["data"]), federation_config, found["files"])
+            if not federation_config:
+                start_proxy(ours, address, inside, ca, tls, found["imports"])
+            preparation.found(tried=True)  # a simulation takes longer to start than this
+            status = relay(run, ours.log, console)
         if status is None:
             raise LaunchError(f"the run broke off: {ours.last_error()}")
         return status

@@ -10,6 +10,7 @@ from threading import Thread
 
 from federation.app.config import Settings
 from federation.app.cores import THREADS
+from federation.launch.log import say
 from federation.launch.network import Address, LaunchError, free_port, imports_of, is_up, shown
 from federation.launch.place import place_on_host
 from federation.launch.process_group import ProcessGroup, process_group, relay
@@ -41,7 +42,7 @@ def join_run(server: Address, wait: float, node_config: Settings, threads: int |
                 return status
             watcher.join()  # it stops all processes of this client, so the next SuperNode must start later
             if "SuperNode ID" in Path(log).read_text("utf-8"):
-                print(f"lost the server at {shown(server)}", flush=True)
+                say(f"lost the server at {shown(server)}")
                 refusals = 0
             else:
                 refused(server, ours, tls, again=refusals > 0)
@@ -57,8 +58,7 @@ def identity(name: str, tls: Path | None) -> Settings:
 def start_supernode(
     ours: ProcessGroup, server: Address, node_config: Settings, tls: Path | None
 ) -> "subprocess.Popen[str]":
-    ours.log.seek(0)
-    ours.log.truncate()
+    ours.log.clear()
     settings = " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in node_config.items())
     security = ["--root-certificates", str(tls / "ca.crt")] if tls else ["--insecure"]
     if key := certificates.client_key(tls):
@@ -84,8 +84,8 @@ def refused(server: Address, ours: ProcessGroup, tls: Path | None, again: bool) 
     if again:
         raise LaunchError(f"{rejected}: either the public key is not in its folder clients, then copy it there; "
                           "or another client uses this key now, then give each client its own key")  # fmt: skip
-    print(f"{rejected}: it does not know this key, or a client with this key is connected, or was killed within the "
-          f"last minute; trying again in {FORGOTTEN_AFTER} s", flush=True)  # fmt: skip
+    say(f"{rejected}: it does not know this key, or a client with this key is connected, or was killed within the "
+          f"last minute; trying again in {FORGOTTEN_AFTER} s")  # fmt: skip
     time.sleep(FORGOTTEN_AFTER)
 
 
@@ -104,7 +104,7 @@ def wait_for_server(server: Address, wait: float, tls: Path | None) -> None:
     """Return once the server answers. Raises LaunchError after `wait` seconds, or if TLS fails."""
     deadline, ca = time.monotonic() + wait, tls and tls / "ca.crt"
     if not is_up(server, ca):
-        print(f"waiting for a server at {shown(server)} (up to {wait:g} s)", flush=True)
+        say(f"waiting for a server at {shown(server)} (up to {wait:g} s)")
     while not is_up(server, ca, timeout=10):
         if time.monotonic() > deadline:
             raise LaunchError(f"no server at {shown(server)} within {wait:g} s; is it running, and is --server right?")

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from federation.launch.log import say
 from federation.launch.process_group import ProcessGroup, find_program
 
 LOOK = 2  # seconds after which the folder is read again
@@ -31,7 +32,7 @@ class KeyRegistry:
 
     def show(self) -> None:
         known = sum(node != 0 for node in self.nodes.values())
-        print(f"{known} {'key' if known == 1 else 'keys'} may join, of {self.folder}", flush=True)
+        say(f"{known} {'key' if known == 1 else 'keys'} may join, of {self.folder}")
 
     def watch(self) -> None:
         """Update forever, and print the number of keys when it changes."""
@@ -50,7 +51,7 @@ class KeyRegistry:
         else:
             result = self.flwr("register", str(path))
         if not result.get("success"):
-            print(f"{path} is skipped: {result.get('error-message', 'it is not a public key')}", flush=True)
+            say(f"{path} is skipped: {result.get('error-message', 'it is not a public key')}")
         return int(result.get("node-id", 0))
 
     def remove(self, node: int) -> bool:

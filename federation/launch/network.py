@@ -11,6 +11,8 @@ from pathlib import Path
 
 import httpx
 
+from federation.launch.log import say
+
 Address = tuple[str, int]  # host and port
 PORTS = range(20_000, 32_000)
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE")  # in errors of OpenSSL
@@ -57,7 +59,7 @@ def check_exposed(address: Address, tls: bool, insecure: bool) -> None:
         return
     if not insecure:
         raise ValueError(f"--address {shown(address)} is open to other machines: use --tls DIR, or --insecure")
-    print(f"WARNING: {shown(address)} is open to everyone who can connect, without TLS", flush=True)
+    say(f"WARNING: {shown(address)} is open to everyone who can connect, without TLS")
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -21,6 +20,7 @@ from federation.app.console import CONSOLE, CONTROL, MARK, PREFIX
 from federation.app.layout import PACKAGE
 from federation.launch import guard, warm
 from federation.launch.fork_server import request_imports
+from federation.launch.log import Log, say, style
 from federation.launch.network import LaunchError
 
 SIGN_OFF = 5  # seconds; it takes less than one, but where the machine is busy
@@ -30,7 +30,7 @@ ROOT = PACKAGE.parent
 class ProcessGroup:
     """The processes of one server or client, their private FLWR_HOME and their log."""
 
-    def __init__(self, home: Path, log: IO[str], environment: dict[str, str], warm_starts: bool) -> None:
+    def __init__(self, home: Path, log: Log, environment: dict[str, str], warm_starts: bool) -> None:
         self.home, self.warm_starts = home, warm_starts
         self.lock, self.warm = Lock(), False  # whether there is to be a fork server
         self.keeper: Thread | None = None  # who sees to that
@@ -63,10 +63,10 @@ class ProcessGroup:
         return process
 
     def popen(self, *command: str, **options: Any) -> "subprocess.Popen[str]":
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(
-            find_program(command, self.environment), env=self.environment, stdin=subprocess.DEVNULL, encoding="utf-8",
-            errors="replace", start_new_session=True, **options,
+            find_program(command, self.environment), env=self.environment, encoding="utf-8", errors="replace",
+            start_new_session=True, **(streams | options),
         )  # fmt: skip
 
     def warm_up(self) -> None:
@@ -118,17 +118,11 @@ class ProcessGroup:
         guard.kill_all(MARK, self.home.name)
         if self.keeper:
             self.keeper.join(5)
-        with suppress(OSError):
-            self.log.flush()
+        self.log.flush()
 
     def last_error(self) -> str:
-        """Return what the log says last, without the frames and colours that Flower puts around it."""
-        self.log.seek(0)
-        lines = [re.sub(r"\x1b\[\d*m", "", line).strip(" │\n") for line in self.log]
-        lines = [line for line in lines if line and line[0] not in "╭╰"]
-        errors = [line for line in lines if re.search(r"\w(Error|Exception)\b", line)]
-        errors = errors or [line for line in lines if line.startswith("ERROR")]
-        return f"{(errors or lines or ['it printed nothing'])[-1]} (all is in {self.log.name})"
+        """Return what the log says last."""
+        return self.log.last_error()
 
 
 def find_program(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -161,7 +155,7 @@ def process_group(
         [sys.executable, "-P", guard.__file__, MARK, str(home)], stdin=subprocess.PIPE, start_new_session=True,
         env={key: value for key, value in os.environ.items() if key != MARK},  # no other guard's business
     )  # fmt: skip
-    ours = ProcessGroup(home, opened, environment or {}, warm_starts and warm.SUPPORTED)
+    ours = ProcessGroup(home, Log(opened), environment or {}, warm_starts and warm.SUPPORTED)
     try:
         ours.warm_up()
         yield ours
@@ -170,17 +164,17 @@ def process_group(
         guardian.communicate()
 
 
-def relay(process: "subprocess.Popen[str]", log: IO[str], console: Path | None = None) -> int | None:
+def relay(process: "subprocess.Popen[str]", log: Log, console: Path | None = None) -> int | None:
     """Show what a process says to people, until it ends (None) or its app tells how the run ended (0 or 1).
 
     With `console`, that is what its app writes to this named pipe.
     """
     lines = _logged(process, log) if console is None else _from_console(process, log, console)
-    with tqdm(leave=False, disable=not sys.stderr.isatty(), bar_format="{desc} {bar} {n}/{total}") as bar:
+    with tqdm(leave=False, disable=not style.shows_progress, bar_format="{desc} {bar} {n}/{total}") as bar:
         for line in lines:
             if line.startswith(PREFIX):
                 bar.clear()
-                print(line.removeprefix(PREFIX), end="", flush=True)
+                say(line.removeprefix(PREFIX))
             elif line.startswith(CONTROL):
                 event = json.loads(line.removeprefix(CONTROL))
                 if "end" in event:
@@ -190,15 +184,15 @@ def relay(process: "subprocess.Popen[str]", log: IO[str], console: Path | None =
     return None
 
 
-def _logged(process: "subprocess.Popen[str]", log: IO[str], without: tuple[str, ...] = ()) -> Iterator[str]:
+def _logged(process: "subprocess.Popen[str]", log: Log, without: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the lines that a process prints, and write them to the log, `without` those that begin so."""
     for line in process.stdout or ():
-        with suppress(OSError):  # a full disk: the run itself will say so, better
-            log.write("" if without and line.startswith(without) else line)
+        if not line.startswith(without):
+            log.write(line)
         yield line
 
 
-def _from_console(process: "subprocess.Popen[str]", log: IO[str], console: Path) -> Iterator[str]:
+def _from_console(process: "subprocess.Popen[str]", log: Log, console: Path) -> Iterator[str]:
     """Yield the lines that come through a named pipe, while a process runs whose output goes to the log.
 
     The log of a run that has failed is complete: Flower delivers the last lines of its app some time after the failure.
@@ -214,8 +208,7 @@ def _from_console(process: "subprocess.Popen[str]", log: IO[str], console: Path)
     drained.start()
     with open(descriptor, encoding="utf-8", errors="replace", closefd=False) as stream:
         for line in iter(stream.readline, "\n"):
-            with suppress(OSError):
-                log.write(line)
+            log.write(line)
             if line.startswith(CONTROL) and json.loads(line.removeprefix(CONTROL)).get("end"):
                 drained.join(SIGN_OFF)
             yield line

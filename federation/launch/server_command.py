@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from federation.launch.command_line import misuse, options, run_script
+from federation.launch import log
+from federation.launch.command_line import FORMATS, misuse, options, run_script
 
 if TYPE_CHECKING:
     from federation.app.config import RunConfig, Settings
@@ -16,6 +17,7 @@ Key = options("Short for a key of the run config")
 Setting = options("Any key of the run config")
 Simulation = options("Simulation")
 Network = options("Clients in other terminals and on other machines")
+Output = options("What is printed")
 
 
 def main() -> None:
@@ -37,6 +39,8 @@ def server(
     address: Annotated[str | None, Network(metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")] = None,
     tls: Annotated[str | None, Network(metavar="DIR", help="the folder of server.crt, server.key, …")] = None,
     insecure: Annotated[bool, Network("--insecure", help="serve other machines without TLS")] = False,
+    verbose: Annotated[bool, Output("--verbose", help="show Flower's own lines, too")] = False,
+    log_format: Annotated[str, Output(click_type=FORMATS, help="json: an object per line (default: text)")] = "text",
 ) -> int:
     """Host a federated run, or simulate one on this machine.
 
@@ -50,12 +54,14 @@ def server(
 
 def serve(args: SimpleNamespace) -> int:
     """Host the run that these options describe; return its exit status."""
+    log.style.set(args.log_format, args.verbose)
     check_options(args)
     from federation.app.checkpoint import load_checkpoint
     from federation.app.client_state import check_kept
     from federation.app.config import SettingError
     from federation.app.run_folder import run_folder  # here, so that --help need not wait for Flower
     from federation.app.strategy import check_strategy
+    from federation.app.tracking import check_installed
     from federation.launch import host, network, simulation
 
     address, tls = read_network(args)
@@ -64,6 +70,7 @@ def serve(args: SimpleNamespace) -> int:
         config = run_config(args)
         nodes = plan(args, config)
         check_initial(config, nodes is not None)
+        check_installed(config.trackers)
         if "." not in config.strategy:  # a class of the user's own is for a process that may hold a framework
             check_strategy(config)
         if nodes and config.resume and config.keeps_state:
@@ -72,7 +79,7 @@ def serve(args: SimpleNamespace) -> int:
         out=host.writable(config.out), initial=config.initial and str(Path(config.initial).expanduser().absolute())
     )
     if nodes:
-        print(simulation.describe(config.num_clients, nodes), flush=True)
+        log.say(simulation.describe(config.num_clients, nodes))
     else:
         network.check_free(address)
     with run_folder(Path(config.out)), misuse(of=SettingError):

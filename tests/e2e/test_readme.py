@@ -40,6 +40,9 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "federate check my_script", "federate server --task my_script",  # by test_installed, with the task that it installs
     "federate new my_task.py", "federate new my_task.py --from train.py",  # by test_new
     'pip install ".[sklearn]"', 'pip install ".[lightning]"',
+    'pip install ".[tensorboard]"', 'pip install ".[mlflow]"', 'pip install ".[wandb]"',  # likewise
+    "python server.py --run-config \"tracking='tensorboard'\"",  # by test_trackers
+    "python -m federation.track runs/federated --tracking tensorboard",
     'pip install ".[text]"', "python examples/text_lora.py",  # by test_examples_contract
     "python server.py --task examples.text_lora --simulate 2",
     "python server.py --task examples.diabetes_torch --simulate 2 --run-config \"train-arguments='momentum=0.5'\"",

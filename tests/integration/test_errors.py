@@ -326,7 +326,7 @@ def test_other_machines_may_connect_with_tls_or_after_a_warning(
         lambda address, config, simulated, tls: hosted.append((address, tls)) or 0,
     )
     said: list[str] = []
-    monkeypatch.setattr(network, "print", lambda text, **_: said.append(text), raising=False)
+    monkeypatch.setattr(network, "say", said.append)
     port = free_port()
     assert command("server.py", "--data", "embedded", "--address", f"{address}:{port}", *options)[0] == 0
     assert hosted == [((address, port), keys if "--tls" in options else None)]

@@ -285,6 +285,7 @@ def test_keys_that_no_past_round_depends_on_may_change(tmp_path: Path) -> None:
         "retries",
         "patience",
         "dp-target-epsilon",
+        "tracking",
     } == RESUMABLE_KEYS
     assert defaults().keys() >= RESUMABLE_KEYS
     check_same(defaults(), changed(*RESUMABLE_KEYS), tmp_path)

@@ -1,0 +1,1 @@
+"""Sends what a run writes down to TensorBoard, MLflow or Weights & Biases."""
