@@ -11,6 +11,7 @@ from federation.launch.client_command import client
 from federation.launch.command_line import WIDTH, add_command, run
 from federation.launch.server_command import server
 from federation.new import new
+from federation.show import show
 
 NAME = "federate"
 ABOUT = """Federate a centralized training script, without changing a line of it.
@@ -24,7 +25,7 @@ federate server --task my_script     host it; start federate client in other ter
 def main() -> None:
     """Run the command line of this process."""
     app = typer.Typer(help=ABOUT, rich_markup_mode=None, suggest_commands=False, context_settings=WIDTH)
-    for function in (server, client, new, check, compare, certificates):
+    for function in (server, client, new, check, compare, show, certificates):
         add_command(app, function, f"{NAME} {function.__name__}")
     sys.argv[1:] = sys.argv[1:] or ["--help"]
     run(typer.main.get_command(app), NAME)

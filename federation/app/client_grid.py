@@ -106,7 +106,8 @@ class ClientGrid(Grid):
         """Return, for metrics.json, what goes on since when, and which of the clients that were asked still work."""
         pending = [message.metadata.dst_node_id for message in self.exchange.pending.values()] if self.exchange else []
         asked = self.exchange.count if self.exchange else 0
-        return {"doing": self.live.doing, "since": self.live.since, "asked": asked, "pending": sorted(pending)}
+        times = {"since": self.live.since, "round_since": self.live.began}
+        return {"doing": self.live.doing, **times, "asked": asked, "pending": sorted(pending)}
 
     def _begin(self, questions: list[Message]) -> Exchange:
         pairs = [*zip(self.push_messages(questions), questions, strict=True)]

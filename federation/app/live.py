@@ -21,6 +21,7 @@ class Live:
         self.sources: dict[str, Callable[[], Any]] = {"left_out": self.left_out.copy, "refused": self.refused.copy}
         self.written: dict[str, Any] = {}
         self.due = time.monotonic() + PAUSE
+        self.began = round(time.time(), 1)  # when this round did
         self.begin("starting")
 
     def begin(self, doing: str) -> None:
@@ -32,10 +33,11 @@ class Live:
         if len(self.left_out) < MOST_NOTED:
             self.left_out.append({"doing": doing, "reason": reason[:LONGEST_REASON], "clients": sorted(clients)})
 
-    def pop_left_out(self) -> list[dict[str, Any]]:
-        """Return who was left out of a round that is complete."""
+    def end_round(self) -> list[dict[str, Any]]:
+        """Return who was left out of a round that is complete: the next one begins."""
         popped = self.left_out.copy()
         self.left_out.clear()
+        self.began = round(time.time(), 1)
         return popped
 
     def refuse(self, name: str, reason: str) -> None:

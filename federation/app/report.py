@@ -47,7 +47,7 @@ class Report:
         self.header = ""  # of the table, as it was printed last
         self.arrays: ArrayRecord | None = None  # the global model after the last round that is complete
         self.state: Records = {}  # and what the strategy carries along
-        self.live, self.text = Live(self._write), MetricsText()
+        self.live, self.text = Live(), MetricsText()
         root = model.root
         train, test = map(samples.count, model.data) if model.data else (0, 0)
         self.metrics: dict[str, Any] = {
@@ -93,6 +93,7 @@ class Report:
         """Return what is known of the run, when it begins or is resumed, before its clients join."""
         partitions = len(self.metrics["partitions"].get("train", ()))
         trained = last_trained(self.metrics["rounds"])
+        self.live.write = self._write
         return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, trained, self.live)
 
     def remaining_rounds(self) -> Iterator[int]:
@@ -140,7 +141,7 @@ class Report:
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         seconds -= numbers.get("waiting_seconds", 0.0)
         row = self._empty_row(numbers) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
-        row["left_out"] = self.live.pop_left_out()
+        row["left_out"] = self.live.end_round()
         if self.config.dp == "local":
             note_local(self.config, self.metrics["rounds"], row)
         self.metrics["rounds"].append(row)
