@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from weakref import WeakMethod
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -93,7 +94,8 @@ class Report:
         """Return what is known of the run, when it begins or is resumed, before its clients join."""
         partitions = len(self.metrics["partitions"].get("train", ()))
         trained = last_trained(self.metrics["rounds"])
-        self.live.write = self._write
+        write = WeakMethod(self._write)  # or the two would keep each other, and the lock of the run folder
+        self.live.write = lambda: cast(Callable[[], None], write())()
         return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, trained, self.live)
 
     def remaining_rounds(self) -> Iterator[int]:

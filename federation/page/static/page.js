@@ -4,7 +4,10 @@
 
 const POLL = 1000; // milliseconds between two looks, while the page is to be seen and the run goes on
 const LATER = 30000; // the longest pause after failures
-const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 5], [12, 4], [1, 4]];
+const DASHES = {
+  server: [], clients: [8, 4], train: [2, 3],
+  run0: [], run1: [8, 4], run2: [2, 3], run3: [10, 3, 2, 3], run4: [5, 5], run5: [12, 4], run6: [1, 4],
+};
 const BANDS = ["lowest", "low", "high", "highest"];
 
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -47,11 +50,9 @@ let charts = [];
 const formatter = (title) => (title.startsWith("bytes") ? bytes : metric);
 
 function series(curve) {
-  const run = /^run(\d)$/.exec(curve.role);
   const base = { label: curve.label, value: (_, value) => curve.show(value), spanGaps: true };
   if (BANDS.includes(curve.role)) return { ...base, class: "hidden", width: 0, points: { show: false } };
-  const dash = run ? DASHES[Number(run[1])] : { server: [], clients: [8, 4], train: [2, 3] }[curve.role];
-  return { ...base, stroke: style("--" + curve.role), width: 2, dash, points: { size: 5 } };
+  return { ...base, stroke: style("--" + curve.role), width: 2, dash: (DASHES[curve.role] || []), points: { size: 5 } };
 }
 
 function bands(curves) {
@@ -73,6 +74,16 @@ function axes(show) {
   ];
 }
 
+function scales(title) {
+  const fromZero = (_, low, high) => [0, high * 1.05 || 1];
+  return { x: { time: false }, y: /^(bytes|seconds)/.test(title) ? { range: fromZero } : {} };
+}
+
+function border(curve) {
+  const dash = curve ? (DASHES[curve.role] || []) : [];
+  return dash.length === 0 ? "solid" : dash[0] < 4 ? "dotted" : "dashed";
+}
+
 function draw(holder, data, chart) {
   const figure = document.createElement("div");
   figure.className = "chart";
@@ -85,11 +96,13 @@ function draw(holder, data, chart) {
   const show = formatter(chart.title);
   const curves = chart.curves.map((curve) => ({ ...curve, show }));
   const options = {
-    width: Math.max(200, figure.clientWidth), height: 230, scales: { x: { time: false } }, axes: axes(show),
+    width: Math.max(200, figure.clientWidth), height: 230, scales: scales(chart.title), axes: axes(show),
     series: [{ label: "round" }, ...curves.map(series)], bands: bands(curves), cursor: { points: { size: 7 } },
+    legend: { markers: { width: 2, dash: (_, place) => border(curves[place - 1]) } },
   };
   const drawn = new uPlot(options, values(data, chart), figure);
   new ResizeObserver(() => resize(drawn, figure)).observe(figure);
+  drawn.setLegend({ idx: data.x.length - 1 });
   charts.push({ drawn, shape: shape(chart) });
 }
 
@@ -107,7 +120,10 @@ function drawAll(anew) {
   const data = JSON.parse(holder.dataset.charts);
   const same = !anew && data.charts.map(shape).join() === charts.map((chart) => chart.shape).join();
   if (same) {
-    data.charts.forEach((chart, place) => charts[place].drawn.setData(values(data, chart)));
+    data.charts.forEach((chart, place) => {
+      charts[place].drawn.setData(values(data, chart));
+      if (charts[place].drawn.cursor.idx == null) charts[place].drawn.setLegend({ idx: data.x.length - 1 });
+    });
     return;
   }
   charts.forEach((chart) => chart.drawn.destroy());
