@@ -37,8 +37,8 @@ def row(number: int, clients: int, **further: Any) -> dict[str, Any]:
     tested = {"client": ours, "samples": [5] * clients, "loss": [float(k) for k in ours], "seconds": [0.1] * clients}
     return {
         "round": number, "train_loss": 2.0, "clients_loss": 1.5, "server_loss": 1 / (number + 1),
-        "server_accuracy": 0.5, "clients": clients, "seconds": 4.0, "waiting_seconds": 1.0, "dropped": 0, "bytes_down": 2000, "bytes_up": 1000,
-        "tested": tested, "left_out": [],
+        "server_accuracy": 0.5, "clients": clients, "seconds": 4.0, "waiting_seconds": 1.0, "dropped": 0,
+        "bytes_down": 2000, "bytes_up": 1000, "tested": tested, "left_out": [],
     } | further  # fmt: skip
 
 
