@@ -16,6 +16,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from federation.launch.network import Address, LaunchError, address, is_loopback, shown
+from federation.page.version import METRICS, version_of
 
 if TYPE_CHECKING:
     import uvicorn
@@ -37,12 +38,12 @@ def read_address(text: str, tls: bool) -> Address | None:
 
 
 @contextmanager
-def page(where: Address | None, folders: Sequence[Path], tls: Path | None, taken: int = 0) -> Iterator[None]:
-    """Serve the page of these run folders, but not on the port that is `taken` by the run itself.
+def page(where: Address | None, folder: Path, tls: Path | None, taken: int = 0) -> Iterator[None]:
+    """Serve the page of a run that begins now in a folder, but not on the port that is `taken` by the run itself.
 
     If it cannot be served, a line says why.
     """
-    server = where and _open(where, folders, tls, taken)
+    server = where and _open(where, folder, tls, taken)
     try:
         yield
         if server:
@@ -52,9 +53,9 @@ def page(where: Address | None, folders: Sequence[Path], tls: Path | None, taken
             server.close()
 
 
-def _open(where: Address, folders: Sequence[Path], tls: Path | None, taken: int) -> "PageServer | None":
+def _open(where: Address, folder: Path, tls: Path | None, taken: int) -> "PageServer | None":
     try:
-        return PageServer(where, folders, tls, taken)
+        return PageServer(where, [folder], tls, taken, stale=version_of(folder / METRICS))
     except LaunchError as error:
         print(f"no page: {error}", flush=True)
         return None
@@ -63,8 +64,10 @@ def _open(where: Address, folders: Sequence[Path], tls: Path | None, taken: int)
 class PageServer:
     """A socket at which the page can be had, over TLS with a token where other machines can reach it."""
 
-    def __init__(self, where: Address, folders: Sequence[Path], tls: Path | None, taken: int = 0) -> None:
-        self.folders = folders
+    def __init__(
+        self, where: Address, folders: Sequence[Path], tls: Path | None, taken: int = 0, stale: str | None = None
+    ) -> None:
+        self.folders, self.stale = folders, stale
         self.is_open = not is_loopback(where[0])
         self.tls = tls if self.is_open else None
         self.token = secrets.token_urlsafe(24) if self.is_open else ""
@@ -102,7 +105,7 @@ class PageServer:
 
         connections = Connections(CONNECTIONS, certificate(self.tls) if self.tls else None)
         connections.full = True  # it need not be said: it is no client that is kept out
-        door = Door(app(self.folders, self._note), self.token, [self.address[0]])
+        door = Door(app(self.folders, self._note, self.stale), self.token, [self.address[0]])
         self.server = uvicorn.Server(served(door, connections, *self.address, "critical"))
         return self.server
 

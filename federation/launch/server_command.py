@@ -80,7 +80,7 @@ def serve(args: SimpleNamespace) -> int:
     else:
         network.check_free(address)
     taken = 0 if nodes else address[1]
-    with page.page(where, [Path(config.out)], tls, taken), run_folder(Path(config.out)), misuse(of=SettingError):
+    with page.page(where, Path(config.out), tls, taken), run_folder(Path(config.out)), misuse(of=SettingError):
         return host.host_run(address, config, nodes, tls)
 
 

@@ -24,9 +24,12 @@ MOST_ROWS = {"clients": 100, "rounds": 50, "held": 40}  # of a table, unless all
 MOST_CLASSES = 30
 
 
-def page(folders: Sequence[Path], seen: Callable[[], object] = lambda: None) -> Starlette:
-    """Return an app that shows these run folders. It calls `seen` whenever somebody looks."""
-    runs = [RunFolder(folder) for folder in folders]
+LIVE = "starting", "running"
+
+
+def page(folders: Sequence[Path], seen: Callable[[], object] = lambda: None, stale: str | None = None) -> Starlette:
+    """Return an app that shows these run folders, see RunFolder. It calls `seen` whenever somebody looks."""
+    runs = [RunFolder(folder, stale) for folder in folders]
     pages = Pages(runs, _labels(folders), seen)
     routes = [Route("/", pages.first), Mount("/static", StaticFiles(directory=HERE / "static"))]
     routes += [Route("/runs/{number:int}", pages.one_of_several)]
@@ -67,7 +70,7 @@ class Pages:
         whole = request.query_params.get("all", "")
         limits = MOST_ROWS | dict.fromkeys([whole] if whole in MOST_ROWS else [], 10**9)
         more = {"view": view, "limits": limits, "most_classes": MOST_CLASSES, "whole": whole}
-        more |= {"several": len(self.runs) > 1, "runs": view["status"] == "running"}
+        more |= {"several": len(self.runs) > 1, "runs": view["status"] in LIVE}
         state = [view["version"], folder.log_version()]
         return self._answer(request, "run.html", state, lambda: more | {"log": folder.log()})
 
@@ -81,7 +84,7 @@ class Pages:
         names = list(dict.fromkeys(metric["name"] for view in views for metric in view["latest"]))
         charts = curves.compared([(row["label"], row["rounds"]) for row in rows])
         return {"views": rows, "names": names, "charts_data": charts, "differing": differing(views),
-                "runs": any(view["status"] == "running" for view in views)}  # fmt: skip
+                "runs": any(view["status"] in LIVE for view in views)}  # fmt: skip
 
     def _answer(
         self, request: Request, template: str, state: Sequence[str], context: Callable[[], dict[str, Any]]

@@ -8,9 +8,10 @@ from threading import Lock
 from typing import Any
 
 from federation.app.console import CONTROL, PREFIX
+from federation.page.version import METRICS, version_of
 from federation.page.view import View, empty_view, make_view
 
-METRICS, LOG = "metrics.json", "log.txt"
+LOG = "log.txt"
 SHARE = 0.05  # of the time, at most, is spent on reading
 TAIL_BYTES, TAIL_LINES = 65_536, 200
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
@@ -22,18 +23,21 @@ def is_run(folder: Path) -> bool:
 
 
 class RunFolder:
-    """A run folder and what the page shows of it."""
+    """A run folder and what the page shows of it.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, Lock()
-        self.view: View = empty_view(path) | {"version": ""}
+    Of a run that only begins, `stale` is what `version_of` an earlier one's metrics.json was.
+    """
+
+    def __init__(self, path: Path, stale: str | None = None) -> None:
+        self.path, self.stale, self.lock = path, stale, Lock()
+        self.view: View = empty_view(path, "unknown" if stale is None else "starting") | {"version": ""}
         self.read_version, self.due = "", 0.0  # of metrics.json, and when it may be read again
 
     def refresh(self) -> View:
         """Return what there is to show, read anew if metrics.json has changed."""
         with self.lock:
-            version = _version(self.path / METRICS)
-            if version != self.read_version and time.monotonic() >= self.due:
+            version = version_of(self.path / METRICS)
+            if version not in (self.read_version, self.stale) and time.monotonic() >= self.due:
                 self._read(version)
             return self.view
 
@@ -50,7 +54,7 @@ class RunFolder:
 
     def log_version(self) -> str:
         """Return a text that changes whenever the log does."""
-        return _version(self.path / LOG)
+        return version_of(self.path / LOG)
 
     def log(self) -> list[str]:
         """Return the last lines of the log, without those that are for the launcher."""
@@ -62,11 +66,3 @@ class RunFolder:
             return []
         lines = [COLOUR.sub("", line).replace(PREFIX, "", 1) for line in text.splitlines() if CONTROL not in line]
         return lines[-TAIL_LINES:]
-
-
-def _version(path: Path) -> str:
-    try:
-        found = path.stat()
-    except OSError:
-        return "none"
-    return f"{found.st_mtime_ns:x}-{found.st_size:x}-{found.st_ino:x}"

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from federation.app.config import defaults
@@ -17,9 +17,9 @@ CELLS = 200_000  # of the map of who holds what; with more of them the picture i
 SHADES = 10
 
 
-def empty_view(path: Path) -> View:
+def empty_view(path: Path, status: str) -> View:
     """Return what is shown of a run folder of which nothing has been read yet."""
-    return make_view(path, {})
+    return make_view(path, {}) | {"status": status}
 
 
 def make_view(path: Path, metrics: Mapping[str, Any]) -> View:
@@ -28,7 +28,7 @@ def make_view(path: Path, metrics: Mapping[str, Any]) -> View:
     config = dict(metrics.get("config") or {})
     status = metrics.get("status") if metrics.get("status") in STATUSES else "unknown"
     view = {"folder": str(path), "name": path.name, "status": status, "damage": "", "config": _config(config)}
-    view |= {"task": metrics.get("task") or path.name, "dataset": metrics.get("dataset") or {}}
+    view |= {"task": metrics.get("task") or path.name, "data": _name((metrics.get("dataset") or {}).get("name"))}
     view |= _progress(metrics, rounds, config, status == "running")
     view |= _totals(metrics, rounds)
     view["rounds"], view["columns"] = [_without_columns(row) for row in rounds], columns(rounds)
@@ -40,6 +40,11 @@ def make_view(path: Path, metrics: Mapping[str, Any]) -> View:
     view["held"] = _held((metrics.get("partitions") or {}).get("train") or [])
     view["about"] = _about(metrics)
     return view
+
+
+def _name(data: str | None) -> str:
+    """Return the last part of the path of a data set."""
+    return PureWindowsPath(data or "").name  # which knows both separators
 
 
 # ------------------------------------------------------------------------------------------------------- round and time

@@ -50,7 +50,7 @@ class Tab:
         self.page.on("request", lambda request: self.wrong.extend([request.url] * (not request.url.startswith(host))))
         self.page.goto(url)
 
-    def wait_for(self, selector: str, text: str, seconds: float = 60) -> None:
+    def wait_for(self, selector: str, text: str, seconds: float = 240) -> None:
         found = self.page.locator(selector).filter(has_text=text).first
         found.wait_for(timeout=seconds * 1000)
 
@@ -72,6 +72,7 @@ def test_a_run_is_watched_from_its_first_round_to_its_last(browser: Any, termina
     server = terminals.open("server.py", "--address", f"127.0.0.1:{port}", *options)
     server.wait_for("watch it at ")
     tab = Tab(browser, re.findall(r"watch it at (\S+)", server.text)[0])
+    assert "The run has not begun yet" in tab.text("#head")
     tab.wait_for("#head", "waiting for 3 clients")
     clients = [client(terminals, port) for _ in range(2)]
     clients.append(terminals.open("client.py", "--server", f"127.0.0.1:{port}", "--threads", "1", **{STRANGER: "1"}))

@@ -293,7 +293,7 @@ def busy() -> Iterator[int]:
 
 
 def test_the_next_port_is_taken_if_one_is_in_use(busy: int, folder: Callable[..., Path], capsys: Any) -> None:
-    with launch.page(("127.0.0.1", busy), [folder()], None):
+    with launch.page(("127.0.0.1", busy), folder(), None):
         [address] = re.findall(r"^watch it at http://(127\.0\.0\.1:\d+)/$", capsys.readouterr().out, re.M)
         assert busy < int(address.rpartition(":")[2]) <= busy + launch.PORTS
     with pytest.raises(httpx.ConnectError):
@@ -304,11 +304,11 @@ def test_a_run_goes_on_without_a_page(
     busy: int, folder: Callable[..., Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "PORTS", 1)
-    with launch.page(("127.0.0.1", busy), [folder()], None):
+    with launch.page(("127.0.0.1", busy), folder(), None):
         assert f"no page: ports {busy} to {busy} of 127.0.0.1 are in use" in capsys.readouterr().out
-    with launch.page(("192.0.2.1", busy), [folder()], None):
+    with launch.page(("192.0.2.1", busy), folder(), None):
         assert f"no page: cannot listen on 192.0.2.1:{busy}: " in capsys.readouterr().out
-    with launch.page(None, [folder()], None):
+    with launch.page(None, folder(), None):
         assert capsys.readouterr().out == ""
     with pytest.raises(LaunchError, match="choose another --page, or --page off"):
         launch.listen(("127.0.0.1", busy))
@@ -320,9 +320,12 @@ def test_the_port_of_the_run_itself_is_left_to_it(busy: int) -> None:
 
 
 def test_it_is_served_to_whoever_comes_and_once_more_at_the_end(folder: Callable[..., Path], capsys: Any) -> None:
-    run = folder(status="running")
-    with launch.page(("127.0.0.1", 8081), [run], None):
+    earlier = folder()
+    with launch.page(("127.0.0.1", 8081), earlier, None):
         [url] = re.findall(r"http://\S+", capsys.readouterr().out)
+        read = text_of(httpx.get(url, trust_env=False).text)
+        assert "The run has not begun yet" in read and "finished" not in read, "what is there is of another run"
+        folder(status="running")
         assert "running" in httpx.get(url, trust_env=False).text
         assert httpx.get(url, headers={"host": "evil.example"}, trust_env=False).status_code == 421
         began = time.monotonic()

@@ -102,8 +102,13 @@ function draw(holder, data, chart) {
   };
   const drawn = new uPlot(options, values(data, chart), figure);
   new ResizeObserver(() => resize(drawn, figure)).observe(figure);
-  drawn.setLegend({ idx: data.x.length - 1 });
+  showLast(drawn);
   charts.push({ drawn, shape: shape(chart) });
+}
+
+// In the legend, as long as no other round is pointed at; uPlot empties it when it has drawn.
+function showLast(drawn) {
+  setTimeout(() => drawn.cursor.idx ?? drawn.setLegend({ idx: drawn.data[0].length - 1 }));
 }
 
 function resize(drawn, figure) {
@@ -122,7 +127,7 @@ function drawAll(anew) {
   if (same) {
     data.charts.forEach((chart, place) => {
       charts[place].drawn.setData(values(data, chart));
-      if (charts[place].drawn.cursor.idx == null) charts[place].drawn.setLegend({ idx: data.x.length - 1 });
+      showLast(charts[place].drawn);
     });
     return;
   }
