@@ -27,19 +27,18 @@ def make_view(path: Path, metrics: Mapping[str, Any]) -> View:
     rounds: list[curves.Row] = list(metrics.get("rounds") or [])
     config = dict(metrics.get("config") or {})
     status = metrics.get("status") if metrics.get("status") in STATUSES else "unknown"
-    view = {"folder": str(path), "name": path.name, "status": status, "damage": "", "config": _config(config)}
-    view |= {"task": metrics.get("task") or path.name, "data": _name((metrics.get("dataset") or {}).get("name"))}
-    view |= _progress(metrics, rounds, config, status == "running")
-    view |= _totals(metrics, rounds)
-    view["rounds"], view["columns"] = [_without_columns(row) for row in rounds], columns(rounds)
-    view["charts"] = curves.charts(rounds)
-    view["clients"] = _clients(metrics, rounds, status == "running")
-    view["here"] = sum(client["here"] for client in view["clients"])
-    view["left_out"] = _left_out(metrics, rounds)
-    view["refused"] = list(metrics.get("refused") or [])[::-1]
-    view["held"] = _held((metrics.get("partitions") or {}).get("train") or [])
-    view["about"] = _about(metrics)
-    return view
+    runs, clients = status == "running", _clients(metrics, rounds, status == "running")
+    return {
+        "folder": str(path), "name": path.name, "status": status, "damage": "",
+        "task": metrics.get("task") or path.name, "data": _name((metrics.get("dataset") or {}).get("name")),
+        **_progress(metrics, rounds, config, runs), **_totals(metrics, rounds),
+        "rounds": [_without_columns(row) for row in rounds], "columns": columns(rounds),
+        "charts": curves.charts(rounds),
+        "clients": clients, "here": sum(client["here"] for client in clients),
+        "left_out": _left_out(metrics, rounds), "refused": list(metrics.get("refused") or [])[::-1],
+        "held": _held((metrics.get("partitions") or {}).get("train") or []),
+        "config": _config(config), "about": _about(metrics),
+    }  # fmt: skip
 
 
 def _name(data: str | None) -> str:
@@ -128,7 +127,7 @@ def _left_out_now(metrics: Mapping[str, Any], rounds: Sequence[curves.Row], runs
 
 def _roster_of_others(rounds: Sequence[curves.Row]) -> dict[str, list[Any]]:
     """Return the columns of the clients of a run that has noted none: of an earlier version, or another program."""
-    trained = next((row["trained"] for row in reversed(rounds) if row.get("trained")), {})
+    trained: dict[str, list[Any]] = next((row["trained"] for row in reversed(rounds) if row.get("trained")), {})
     numbers = trained.get("client") or []
     columns = {"client": numbers, "name": [""] * len(numbers), "here": [True] * len(numbers)}
     return columns | {"train": trained.get("samples") or [None] * len(numbers)}

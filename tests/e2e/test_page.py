@@ -64,7 +64,6 @@ class Tab:
 
 def test_a_run_is_watched_from_its_first_round_to_its_last(browser: Any, terminals: Terminals) -> None:
     gate, port = terminals.folder / "gate", free_port()
-    gate.touch()
     fails = f"    if os.environ.get({STRANGER!r}):\n        raise ValueError({HOSTILE!r})\n"
     (terminals.folder / "tiny.py").write_text(held_by(gate).replace("    while os.path", f"{fails}    while os.path"))
     config = "--run-config", "round-timeout=15 fraction-evaluate=0.0"  # seconds: a killed client costs as many a round
@@ -73,7 +72,8 @@ def test_a_run_is_watched_from_its_first_round_to_its_last(browser: Any, termina
     server.wait_for("watch it at ")
     tab = Tab(browser, re.findall(r"watch it at (\S+)", server.text)[0])
     assert "The run has not begun yet" in tab.text("#head")
-    tab.wait_for("#head", "waiting for 3 clients")
+    tab.wait_for("#head", "waiting for 3 clients")  # and the server has tried the task, which would wait at the gate
+    gate.touch()
     clients = [client(terminals, port) for _ in range(2)]
     clients.append(terminals.open("client.py", "--server", f"127.0.0.1:{port}", "--threads", "1", **{STRANGER: "1"}))
     tab.wait_for("#head", "Round 1 of 2: training, 1 of 3 clients have replied")
