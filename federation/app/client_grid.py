@@ -27,7 +27,6 @@ PRESENCE = 2.0  # seconds between two looks at who is still there
 MOST_LISTED = 10  # clients with the same reason
 Configure = Callable[[int, ArrayRecord, ConfigRecord, Grid], Iterable[Message]]  # a strategy's configure_train, …
 DOING = {MessageType.TRAIN: "training", MessageType.EVALUATE: "testing"}
-AFTER = {"training": "aggregating", "testing": "testing on the server"}
 
 
 class ClientGrid(Grid):
@@ -99,7 +98,7 @@ class ClientGrid(Grid):
         exchange.reject_minority()
         self._report_rejected(exchange)
         self.exchange = None
-        self.live.begin(AFTER.get(exchange.doing, ""))
+        self.live.begin("aggregating" if exchange.doing == "training" else "testing on the server")
         return exchange
 
     def now(self) -> dict[str, Any]:

@@ -47,7 +47,8 @@ function bytes(value) {
 
 let charts = [];
 
-const formatter = (title) => (title.startsWith("bytes") ? bytes : metric);
+const seconds = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(3)) + " s");
+const formatter = (title) => (title.startsWith("bytes") ? bytes : title.startsWith("seconds") ? seconds : metric);
 
 function series(curve) {
   const base = { label: curve.label, value: (_, value) => curve.show(value), spanGaps: true };
