@@ -14,6 +14,7 @@ from federation.launch.command_line import WIDTH, add_command, run
 from federation.launch.server_command import server
 from federation.new import new
 from federation.predict import predict
+from federation.show import show
 from federation.track import track
 
 NAME = "federate"
@@ -28,7 +29,7 @@ federate server --task my_script     host it; start federate client in other ter
 def command_line() -> click.Group:
     """Return the command line, with all commands."""
     app = typer.Typer(help=ABOUT, rich_markup_mode=None, suggest_commands=False, context_settings=WIDTH)
-    for function in (server, client, new, check, compare, predict, export, track, certificates):
+    for function in (server, client, new, check, compare, predict, export, show, track, certificates):
         add_command(app, function, f"{NAME} {function.__name__}")
     group = typer.main.get_command(app)
     assert isinstance(group, click.Group), "it has several commands"

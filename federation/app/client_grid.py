@@ -36,6 +36,9 @@ class ClientGrid(Grid):
         self.grid, self.roster, self.config = grid, roster, roster.config
         self.delivery = Delivery(grid, roster)
         self.least = least_models(roster.config)
+        self.exchange: Exchange | None = None  # that is going on
+        self.live = roster.live
+        self.live.sources["now"] = self.now
         self.dropped = self.bytes_up = 0
 
     def set_run(self, run: Any) -> None:
@@ -78,12 +81,14 @@ class ClientGrid(Grid):
         return sorted(exchange.good, key=lambda reply: reply.metadata.src_node_id)
 
     def _exchange(self, messages: list[Message], timeout: float) -> Exchange:
-        exchange = self._begin(messages)
+        exchange = self.exchange = self._begin(messages)
+        self.live.begin(exchange.doing)
         deadline, look = time.monotonic() + timeout, 0.0
         exchange.show_progress()
         while exchange.pending:
             self._receive(exchange)
             exchange.show_progress()
+            self.live.tick()
             if time.monotonic() > look:
                 look = time.monotonic() + PRESENCE
                 self._reject_absent(exchange)
@@ -92,7 +97,16 @@ class ClientGrid(Grid):
             time.sleep(POLL if exchange.pending else 0)
         exchange.reject_minority()
         self._report_rejected(exchange)
+        self.exchange = None
+        self.live.begin("aggregating" if exchange.doing == "training" else "testing on the server")
         return exchange
+
+    def now(self) -> dict[str, Any]:
+        """Return, for metrics.json, what goes on since when, and which of the clients that were asked still work."""
+        pending = [message.metadata.dst_node_id for message in self.exchange.pending.values()] if self.exchange else []
+        asked = self.exchange.count if self.exchange else 0
+        times = {"since": self.live.since, "round_since": self.live.began}
+        return {"doing": self.live.doing, **times, "asked": asked, "pending": sorted(pending)}
 
     def _begin(self, questions: list[Message]) -> Exchange:
         pairs = [*zip(self.push_messages(questions), questions, strict=True)]
@@ -119,7 +133,7 @@ class ClientGrid(Grid):
             exchange.good.append(reply)
 
     def _reject_absent(self, exchange: Exchange) -> None:
-        self.delivery.withdraw(set(self.grid.get_node_ids()))
+        self.delivery.withdraw(self.roster.look())
         for identity in self.delivery.pop_lost() & exchange.pending.keys():
             exchange.reject(exchange.pending.pop(identity), "it has left")
 
@@ -134,6 +148,7 @@ class ClientGrid(Grid):
         """Print who is left out and why; clients that share a reason with many others are not listed one by one."""
         for why, positions in exchange.rejected.items():
             self.dropped += len(positions)
+            self.live.leave_out(exchange.doing, why, positions)
             if len(positions) > MOST_LISTED:
                 print_to_user(f"{len(positions)} clients are left out: {why}")
                 continue

@@ -1,6 +1,5 @@
 """What a run leaves behind: a line per round, metrics.json, curves.png and the final model."""
 
-import json
 import os
 import sys
 import time
@@ -10,7 +9,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from weakref import WeakMethod
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -21,6 +21,8 @@ from federation.app.checkpoint import check_same, checkpoints, load_checkpoint, 
 from federation.app.client_state import forget, last_trained
 from federation.app.config import RunConfig
 from federation.app.console import MARK, one_line, print_to_user
+from federation.app.live import Live
+from federation.app.metrics_file import MetricsText
 from federation.app.partition import Rows
 from federation.app.privacy import note_local
 from federation.app.roster import Past
@@ -31,7 +33,7 @@ MOST_SHOWN = 2  # metrics besides the loss
 MOST_CLASSES = 1000  # with more of them, labels are taken for something else
 KEYS = (
     "round", "train_loss", "clients_loss", "server_loss", "clients", "seconds", "waiting_seconds", "samples",
-    "client_seconds", "dropped", "bytes_down", "bytes_up", "trained", "tested", "fairness",
+    "client_seconds", "dropped", "left_out", "bytes_down", "bytes_up", "trained", "tested", "fairness",
 )  # fmt: skip
 
 
@@ -47,6 +49,7 @@ class Report:
         self.header = ""  # of the table, as it was printed last
         self.arrays: ArrayRecord | None = None  # the global model after the last round that is complete
         self.state: Records = {}  # and what the strategy carries along
+        self.live, self.text = Live(), MetricsText()
         root = model.root
         train, test = map(samples.count, model.data) if model.data else (0, 0)
         self.metrics: dict[str, Any] = {
@@ -94,9 +97,10 @@ class Report:
     def past(self) -> Past:
         """Return what is known of the run, when it begins or is resumed, before its clients join."""
         partitions = len(self.metrics["partitions"].get("train", ()))
-        return Past(
-            self.metrics["run"], dict(self.metrics["clients"]), partitions, last_trained(self.metrics["rounds"])
-        )
+        trained = last_trained(self.metrics["rounds"])
+        write = WeakMethod(self._write)  # or the two would keep each other, and the lock of the run folder
+        self.live.write = lambda: cast(Callable[[], None], write())()
+        return Past(self.metrics["run"], dict(self.metrics["clients"]), partitions, trained, self.live)
 
     def remaining_rounds(self) -> Iterator[int]:
         """Yield the number of each round to be played; `patience` and `dp-target-epsilon` may end that early."""
@@ -143,6 +147,7 @@ class Report:
         seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
         seconds -= numbers.get("waiting_seconds", 0.0)
         row = self._empty_row(numbers) | {"round": self.next_round} | numbers | {"seconds": round(seconds, 3)}
+        row["left_out"] = self.live.end_round()
         if self.config.dp == "local":
             note_local(self.config, self.metrics["rounds"], row)
         self.metrics["rounds"].append(row)
@@ -230,8 +235,10 @@ class Report:
             raise
 
     def _write(self) -> None:
-        text = json.dumps(self.metrics, indent=2)
-        self._save("metrics.json", lambda path: path.write_text(text + "\n", "utf-8"))
+        started = time.monotonic()
+        text = self.text.encode(self.metrics | self.live.facts())
+        self._save("metrics.json", lambda path: path.write_text(text, "utf-8"))
+        self.live.postpone(started)
 
     def _save(self, name: str, write: Callable[[Path], object]) -> None:
         with self._saving(name):

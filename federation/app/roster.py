@@ -15,6 +15,7 @@ from federation.app import partition, samples
 from federation.app.config import RunConfig
 from federation.app.console import one_line, print_to_user
 from federation.app.fingerprint import fingerprint
+from federation.app.live import LONGEST_NAME, Live
 from federation.app.sources import compared, digest
 from federation.app.task import classes_of
 
@@ -49,6 +50,7 @@ class Past:
     places: Mapping[str, int] = field(default_factory=dict)  # which client, by key, had which partition
     num_partitions: int = 0
     trained: Mapping[int, int] = field(default_factory=dict)  # the last round in which each client trained
+    live: Live = field(default_factory=Live)  # who is to be told what happens now
 
 
 class Roster:
@@ -84,6 +86,9 @@ class Roster:
         self.known_nodes: set[int] = set()
         self.places = dict(past.places)  # which client, by key, has or had which partition
         self.trained = dict(past.trained)  # the last round in which the client of a partition has trained
+        self.online: set[int] = set()  # the nodes, when somebody looked last
+        self.live = past.live
+        self.live.sources["roster"] = self.columns
 
     def split(self, partitions: int) -> None:
         """Split the data, once for the run. Raises ValueError where that cannot be."""
@@ -96,8 +101,26 @@ class Roster:
 
     def present(self) -> list[Client]:
         """Return the clients that are online, by position."""
-        online = set(self.grid.get_node_ids())
+        online = self.look()
         return sorted((c for c in self.clients.values() if c.node in online), key=lambda client: client.position)
+
+    def look(self) -> set[int]:
+        """Return the nodes that are online."""
+        self.online = set(self.grid.get_node_ids())
+        return self.online
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return, for metrics.json, columns with a value for each client that has joined, by position."""
+        clients = sorted(self.clients.values(), key=lambda client: client.position)
+        return {
+            "client": [client.position for client in clients],
+            "name": [client.name[:LONGEST_NAME] for client in clients],
+            "here": [client.node in self.online for client in clients],
+            "train": [client.samples["train"] for client in clients],
+            "test": [client.samples["test"] for client in clients],
+            "own_data": [client.own_data for client in clients],
+            "trained": [self.trained.get(client.position) for client in clients],
+        }
 
     # ------------------------------------------------------------------------------------------------------ joining
 
@@ -107,14 +130,16 @@ class Roster:
         self.poll_new_nodes()
         if len(self.present()) < count:
             print_to_user(f"waiting for {count} clients, {len(self.present())} here")
+            self.live.begin(f"waiting for {count} clients")
         while len(self.present()) < count or (self.joining and time.monotonic() < self.join_deadline):
             time.sleep(POLL)
             self.poll_new_nodes()
+            self.live.tick()
         self.waited += time.monotonic() - started
 
     def poll_new_nodes(self) -> None:
         """Ask new nodes to introduce themselves, and admit those that have."""
-        online = set(self.grid.get_node_ids())
+        online = self.look()
         new = online - self.known_nodes  # or those that have been away: a key's node comes back under its old id
         self.known_nodes = online
         if new:
@@ -122,7 +147,7 @@ class Roster:
             hello = RecordDict({"server": self.facts})
             asked = zip(self._query("join", hello, new), new, strict=True)
             self.joining |= {message: node for message, node in asked if message}  # no id: it has gone already
-        online = set(self.grid.get_node_ids())  # before the look for replies: who replies and goes is heard
+        online = self.look()  # before the look for replies: who replies and goes is heard
         for reply in self.grid.pull_messages(list(self.joining)) if self.joining else ():
             self.admit(self.joining.pop(reply.metadata.reply_to_message_id), reply)
         self.joining = {message: node for message, node in self.joining.items() if node in online}
@@ -137,15 +162,18 @@ class Roster:
         if reply.has_error():
             why = "it has left" if from_nobody(reply) else one_line(reply.error.reason)
             print_to_user(f"a client could not join: {why}")
+            self.live.refuse("", why)
             return
         facts: dict[str, Any] = dict(reply.content.config_records.get("client") or {})
         if {key: type(value) for key, value in facts.items()} != JOIN_SCHEMA:
             print_to_user("a client could not join: it does not introduce itself as client.py does")
+            self.live.refuse("", "it does not introduce itself as client.py does")
             return
         try:
             joined = self._clients_of(node, facts)
         except ValueError as error:
             print_to_user(f"{facts['name']} may not join: {error}")
+            self.live.refuse(facts["name"], str(error))
             self.end_session(str(error), node)
             return
         self.clients = {position: client for position, client in self.clients.items() if client.node != node}

@@ -179,12 +179,12 @@ def _without(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in headers if name.decode("latin-1").lower() not in own]
 
 
-def served(app: ASGIApp, connections: Connections, host: str, port: int) -> uvicorn.Config:
-    """Return the settings with which uvicorn serves a proxy that accepts `connections`."""
+def served(app: ASGIApp, connections: Connections, host: str, port: int, log_level: str = "warning") -> uvicorn.Config:
+    """Return the settings with which uvicorn serves an app that accepts `connections`."""
     return uvicorn.Config(
         Limited(app, connections), host, port, http=connections.protocol(), ws="none", lifespan="off",
         loop="asyncio",  # with uvloop, start_tls never returns after pause_reading
-        backlog=BACKLOG, log_level="warning",
+        backlog=BACKLOG, log_level=log_level,
         timeout_graceful_shutdown=0,  # do not wait for held calls
     )  # fmt: skip
 

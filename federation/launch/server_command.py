@@ -17,6 +17,7 @@ Key = options("Short for a key of the run config")
 Setting = options("Any key of the run config")
 Simulation = options("Simulation")
 Network = options("Clients in other terminals and on other machines")
+Page = options("A page that shows the run in a browser")
 Output = options("What is printed")
 
 
@@ -39,6 +40,7 @@ def server(
     address: Annotated[str | None, Network(metavar="HOST:PORT", help="(default: 127.0.0.1:8080)")] = None,
     tls: Annotated[str | None, Network(metavar="DIR", help="the folder of server.crt, server.key, …")] = None,
     insecure: Annotated[bool, Network("--insecure", help="serve other machines without TLS")] = False,
+    page: Annotated[str | None, Page(metavar="HOST:PORT|off", help="where (default: 127.0.0.1:8081)")] = None,
     verbose: Annotated[bool, Output("--verbose", help="show Flower's own lines, too")] = False,
     log_format: Annotated[str, Output(click_type=FORMATS, help="json: an object per line (default: text)")] = "text",
 ) -> int:
@@ -62,9 +64,11 @@ def serve(args: SimpleNamespace) -> int:
     from federation.app.run_folder import run_folder  # here, so that --help need not wait for Flower
     from federation.app.strategy import check_strategy
     from federation.app.tracking import check_installed
-    from federation.launch import host, network, simulation
+    from federation.launch import host, network, page, simulation
 
     address, tls = read_network(args)
+    with misuse("--page"):
+        where = page.read_address(args.page or page.DEFAULT, tls is not None)
     with misuse():
         network.check_exposed(address, tls is not None, args.insecure)
         config = run_config(args)
@@ -82,7 +86,8 @@ def serve(args: SimpleNamespace) -> int:
         log.say(simulation.describe(config.num_clients, nodes))
     else:
         network.check_free(address)
-    with run_folder(Path(config.out)), misuse(of=SettingError):
+    taken = 0 if nodes else address[1]
+    with page.page(where, Path(config.out), tls, taken), run_folder(Path(config.out)), misuse(of=SettingError):
         return host.host_run(address, config, nodes, tls)
 
 

@@ -21,7 +21,10 @@ def test_no_data_and_no_keys_go_into_an_image() -> None:
     """Everything is left out but what is named, and none of that can be a key, a run or a data set."""
     first, *named = (ROOT / ".dockerignore").read_text("utf-8").split()
     assert first == "*"
-    assert all(name.startswith("!") and name.endswith((".py", ".txt", ".toml")) for name in named)
+    assert all(
+        name.startswith("!") and name.endswith((".py", ".txt", ".toml", ".css", ".html", ".js", ".svg"))
+        for name in named
+    )
 
 
 def test_every_package_goes_into_the_images() -> None:

@@ -37,6 +37,8 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "python -m federation.compare --quick",  # by test_compare
     "python -m federation.compare --quick --strategies scaffold",  # likewise
     "python -m pytest PROJECT/tests/evidence/test_ladder.py --task my_script",  # by test_examples
+    "federate show runs/federated", "federate show runs/*",  # by test_page, as python -m federation.show
+    "python server.py --address 0.0.0.0:8080 --tls keys --page 0.0.0.0:8081",  # by test_page, all but the run itself
     "federate check my_script", "federate server --task my_script",  # by test_installed, with the task that it installs
     "federate new my_task.py", "federate new my_task.py --from train.py",  # by test_new
     'pip install ".[sklearn]"', 'pip install ".[lightning]"',
