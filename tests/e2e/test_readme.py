@@ -29,7 +29,10 @@ COMMANDS = {
 }
 RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo runs cifar.py, server.py and client.py
     "make demo", "make test", "make test-slow", "make lint",
-    "make install EXTRAS=dev,jax,keras,sklearn,lightning,text,dp",
+    "make install EXTRAS=dev,jax,keras,sklearn,lightning,text,dp,docs,notebook,onnx,tensorboard,mlflow,wandb",
+    "make dist", "python3 -m venv /tmp/release && cd /tmp && . /tmp/release/bin/activate",  # by hand, for a release
+    "pip install PROJECT/dist/*.tar.gz", "federate --version", "federate server --simulate 2 --rounds 1 --data embedded",
+    "federate check cifar --data embedded", "federate new my_task.py && federate check my_task",
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
     'pip install ".[jax]"', 'pip install ".[keras]"', 'pip install ".[dp]"',  # by .ci/run, as extras of make install
