@@ -37,7 +37,7 @@ def test_without_a_command_it_shows_all_of_them() -> None:
     commands = shown().partition("Commands:")[2]
     assert commands == shown("--help").partition("Commands:")[2]
     assert re.findall(r"^  (\w+) +[A-Z].*\.$", commands, re.M) == [
-        "server", "client", "new", "check", "compare", "certificates",
+        "server", "client", "new", "check", "compare", "predict", "export", "certificates",
     ]  # fmt: skip
 
 
