@@ -88,7 +88,9 @@ def check(outcome: tuple[int, str], status: int, name: str, *named: str) -> None
     *before, last = outcome[1].splitlines()
     assert last.startswith(f"{name}: ") and all(text in last for text in named), outcome[1]
     assert "Traceback" not in outcome[1]
-    assert [line for line in before if not line.startswith(("WARNING: ", "watch it at "))] == [], "one line, and no more"
+    assert [line for line in before if not line.startswith(("WARNING: ", "watch it at "))] == [], (
+        "one line, and no more"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the server's line
