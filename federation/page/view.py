@@ -32,7 +32,7 @@ def make_view(path: Path, metrics: Mapping[str, Any]) -> View:
         "folder": str(path), "name": path.name, "status": status, "damage": "",
         "task": metrics.get("task") or path.name, "data": _name((metrics.get("dataset") or {}).get("name")),
         **_progress(metrics, rounds, config, runs), **_totals(metrics, rounds),
-        "rounds": [_without_columns(row) for row in rounds], "columns": columns(rounds),
+        "rounds": [{"round": at, **_without_columns(row)} for at, row in enumerate(rounds)], "columns": columns(rounds),
         "charts": curves.charts(rounds),
         "clients": clients, "here": sum(client["here"] for client in clients),
         "left_out": _left_out(metrics, rounds), "refused": list(metrics.get("refused") or [])[::-1],

@@ -140,7 +140,9 @@ def test_a_thousand_rounds_and_clients_make_no_heavy_page(folder: Callable[..., 
     assert whole.count("<tr>") < 250 and visitor(run).get("/?all=clients").text.count("host/") == 1000
 
 
-@pytest.mark.parametrize("found", [{}, {"rounds": []}, {"rounds": [{"round": 0, "server_loss": 1.0}]}, {"status": 3}])
+@pytest.mark.parametrize(
+    "found", [{}, {"rounds": []}, {"rounds": [{"round": 0, "server_loss": 1.0}]}, {"rounds": [{}]}, {"status": 3}]
+)
 def test_metrics_of_others_are_shown_as_far_as_they_go(found: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(found))
     answer = visitor(tmp_path).get("/")
