@@ -27,7 +27,7 @@ COMMANDS = {  # each with what its output must have; {data} is a folder of a few
     ),
     "input_pipeline": (
         "--data {data} --samples 96 --batch 32 --repeats 1 --accuracy 0 --out {out}/i.json",
-        r"\| cifar\.py \| \d+ \(1\.00 ×\)",
+        r"\| cifar\.py \| [\d,]+ \(1\.00 ×\)",
     ),
     "mcmahan": ("--smoke --out {out}/m.json", r"\| 2NN, shards \| 97 % \|"),
     "niid_bench": (
