@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import cifar
-from cifar_data import embedded_data
 from tests.conftest import ROOT
+from tests.images import write_images
 
 SHORT = "--data embedded --seeds 1 --rounds 1"
 COMMANDS = {  # each with what its output must have; {data} is a folder of a few images, {out} one for results
@@ -27,7 +26,7 @@ COMMANDS = {  # each with what its output must have; {data} is a folder of a few
     ),
     "input_pipeline": (
         "--data {data} --samples 96 --batch 32 --repeats 1 --accuracy 0 --out {out}/i.json",
-        r"\| cifar\.py \| \d+ \(1\.00 ×\)",
+        r"\| cifar\.py \| [\d,]+ \(1\.00 ×\)",
     ),
     "mcmahan": ("--smoke --out {out}/m.json", r"\| 2NN, shards \| 97 % \|"),
     "niid_bench": (
@@ -56,13 +55,7 @@ COMMANDS = {  # each with what its output must have; {data} is a folder of a few
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of a few images, ten classes in both splits."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 192), ("test", 40)):
-        images, labels = embedded_data(count, seed=1)
-        for number, (image, label) in enumerate(zip(images.numpy(), labels.tolist(), strict=True)):
-            (root / split / str(label)).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(root / split / str(label) / f"{number}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("images"), 192, 40)
 
 
 def test_no_benchmark_is_left_out() -> None:

@@ -27,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.quickstart import quickstart
 from cifar_data import embedded_data
+from tests.images import write_images
 from tests.in_memory import InMemoryGrid, in_a_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,13 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of a few images, ten classes in both splits."""
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 96), ("test", 40)):
-        images, labels = embedded_data(count, seed=1)
-        for number, (image, label) in enumerate(zip(images.numpy(), labels.tolist(), strict=True)):
-            (root / split / str(label)).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(root / split / str(label) / f"{number}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("images"), 96, 40)
 
 
 @pytest.fixture(autouse=True)
