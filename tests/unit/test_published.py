@@ -203,7 +203,7 @@ def test_the_best_rate_of_the_search_is_continued_to_the_target(
 ) -> None:
     played: list[tuple[float, int]] = []
 
-    def play(_: Path, config: dict[str, Any]) -> dict[str, Any]:
+    def play(_: Path, config: dict[str, Any], **__: Any) -> dict[str, Any]:
         rate, rounds = config["learning-rate"], config["num-server-rounds"]
         played.append((rate, rounds))
         step = {0.0215: 0.004, 0.0464: 0.008, 0.1: 0.02, 0.215: 0.01, 0.464: 0.0}[rate]
