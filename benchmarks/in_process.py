@@ -10,12 +10,14 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -35,6 +37,7 @@ from benchmarks.cells import FOLDER
 from federation.app.checkpoint import checkpoints
 from federation.app.config import Settings
 from federation.app.packing import unpack
+from federation.launch.network import LaunchError
 from tests.in_memory import InMemoryGrid, in_a_run
 
 
@@ -61,9 +64,10 @@ def play_in(
     count = max(1, processes)
     nodes: dict[int, Settings] = {1 + i: {"partition-id": i, "num-partitions": count} for i in range(count)}
     output = sys.stdout if shown else io.StringIO()
-    with in_a_run(), redirect_stdout(output), redirect_stderr(output), suppress(RuntimeError):
+    with in_a_run(), redirect_stdout(output), redirect_stderr(output):
         grid = NodeProcesses(own, nodes) if processes else InMemoryGrid(own, nodes, app=app)
-        server.main(grid, Context(1, 0, {}, RecordDict(), own))
+        with suppress(RuntimeError):
+            server.main(grid, Context(1, 0, {}, RecordDict(), own))
     return dict(json.loads((folder / "metrics.json").read_text("utf-8")))
 
 
@@ -84,7 +88,10 @@ class NodeProcesses(InMemoryGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         ready = [identity for identity in message_ids if identity in self.pending and self.pending[identity].done()]
-        return [self.pending.pop(identity).result() for identity in ready]
+        try:
+            return [self.pending.pop(identity).result() for identity in ready]
+        except BrokenProcessPool:
+            raise LaunchError("the process of a node has been killed; start this again, and it continues") from None
 
 
 @functools.cache
@@ -95,6 +102,7 @@ def process_of(node: int) -> ProcessPoolExecutor:
 
 def _begin() -> None:
     """Prepare a node's process, which ends with the one that has started it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches it, too
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     in_a_run().__enter__()

@@ -25,6 +25,7 @@ from benchmarks.cells import FOLDER, load_cells, save_cells
 from benchmarks.in_process import cpu_seconds, play_in
 from federation.app.config import Settings
 from federation.app.run_folder import write_atomically
+from federation.launch.command import run_command
 
 
 @dataclass(frozen=True)
@@ -192,14 +193,15 @@ def read_options() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def benchmark() -> int:
     args = read_options()
     cells = load_cells(args.out)
     if not args.table:
         study(cells, args)
     draw(args.out.with_suffix(".png"), cells, args)
     print(table(cells, args))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(benchmark)

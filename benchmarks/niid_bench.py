@@ -82,7 +82,7 @@ def scaled(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
-def main() -> None:
+def benchmark() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
     parser.add_argument("--data", default="", metavar="DIR", help="as in cifar.py")
     parser.add_argument("--partitioner", choices=sorted({one for one, _ in RUNS}), help="(default: all in turn)")
@@ -98,6 +98,7 @@ def main() -> None:
     for case in [] if args.table else chosen(args):
         run(*case, args)
     print(table(args))
+    return 0
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -115,7 +116,7 @@ def folder(partitioner: str, strategy: str, args: argparse.Namespace) -> Path:
 
 def run(partitioner: str, strategy: str, args: argparse.Namespace) -> None:
     """Run or resume a federation."""
-    from benchmarks.in_process import play_in  # here, because it imports all of the project, and this file is a task
+    from benchmarks.in_process import play_in  # here, because it imports all of the project
 
     out, processes = folder(partitioner, strategy, args), min(args.processes, args.clients)
     config = {
@@ -125,7 +126,7 @@ def run(partitioner: str, strategy: str, args: argparse.Namespace) -> None:
     }  # fmt: skip
     print(f"{partitioner}, {strategy}", flush=True)
     if play_in(out, config, processes=processes, shown=True)["status"] != "finished":
-        sys.exit(f"niid_bench.py: the run in {out} has failed")
+        raise OSError(f"the run in {out} has failed")
 
 
 def rounds_of(out: Path) -> list[dict[str, float]]:
@@ -150,4 +151,6 @@ def row(partitioner: str, strategy: str, rounds: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from federation.launch.command import run_command  # here, because this file is a task as well
+
+    run_command(benchmark)
