@@ -15,7 +15,6 @@ count as reproduced.
 
 import argparse
 import sys
-import time
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,9 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.cells import FOLDER, load_cells, save_cells
-from benchmarks.in_process import play_in
+from benchmarks.in_process import cpu_seconds, play_in
 from federation.app.config import Settings
 from federation.app.run_folder import write_atomically
+from federation.launch.command import run_command
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def advance(cells: Cells, args: argparse.Namespace, name: str, rate: float, unti
     folder = args.out.with_suffix("") / key.replace(", ", "-").replace(" ", "-")
     cell = cells.setdefault(key, {"accuracies": [], "cpu_seconds": 0.0, "status": "new"})
     while cell["status"] != "failed" and rounds_to(row.target, cell["accuracies"]) is None and played(cell) < until:
-        started, wanted = time.process_time(), min(until, played(cell) + row.slice)
-        metrics = play_in(folder, row.config(rate, args) | {"num-server-rounds": wanted})
+        started, wanted = cpu_seconds(), min(until, played(cell) + row.slice)
+        metrics = play_in(folder, row.config(rate, args) | {"num-server-rounds": wanted}, processes=args.processes)
         cell["accuracies"] = [one["server_accuracy"] for one in metrics["rounds"]]
-        cell["cpu_seconds"] = round(cell["cpu_seconds"] + time.process_time() - started, 1)
+        cell["cpu_seconds"] = round(cell["cpu_seconds"] + cpu_seconds() - started, 1)
         cell["status"] = metrics["status"]
         save_cells(args.out, cells)
         print(f"{key}: round {played(cell)}, {100 * cell['accuracies'][-1]:.2f} %, {cell['status']}, "
@@ -182,6 +182,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--search", type=int, metavar="N", help="rounds of each learning rate (default: as above)")
     parser.add_argument("--rounds", type=int, metavar="N", help="the last round (default: twice the published)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="for the clients (default: this one)")
     parser.add_argument("--out", type=Path, default=FOLDER / "mcmahan.json", metavar="FILE")
     parser.add_argument("--table", action="store_true", help="only show what has been found so far")
     parser.add_argument("--smoke", action="store_true", help="a round of two rows, on embedded data")
@@ -192,14 +193,15 @@ def read_options() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def benchmark() -> int:
     args = read_options()
     cells = load_cells(args.out)
     if not args.table:
         study(cells, args)
     draw(args.out.with_suffix(".png"), cells, args)
     print(table(cells, args))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(benchmark)

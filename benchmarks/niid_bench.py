@@ -1,7 +1,7 @@
 """Reproduce a published table for the network of cifar.py: that of Flower's baseline `niid_bench`.
 
     python benchmarks/niid_bench.py                      # continues if it was interrupted; see --help
-    python benchmarks/niid_bench.py --rounds 0           # only the table, of the rounds that are there
+    python benchmarks/niid_bench.py --table              # only the table, of the rounds that are there
 
 The setting is that of NIID-Bench (Li et al. 2022, section V), as implemented in Flower's baseline: 10 clients, all of
 them in each of 50 rounds of 10 local epochs, batch size 64, SGD with lr 0.01, momentum 0.9 and weight decay 1e-5,
@@ -11,7 +11,7 @@ over the rounds. This file is also the task: `python server.py --task benchmarks
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -46,13 +46,14 @@ def train(
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     for epoch in range(epochs):
         random = torch.Generator().manual_seed(seed + epoch)
-        total = torch.zeros((), device=device)
-        for rows in torch.randperm(len(labels), generator=random).split(batch_size):
-            loss = F.cross_entropy(net(scaled(augmented(images[rows], random))), labels[rows])
+        order, total = torch.randperm(len(labels), generator=random).to(device), torch.zeros((), device=device)
+        shown = augmented(images[order], random)
+        for x, y in zip(shown.split(batch_size), labels[order].split(batch_size), strict=True):
+            loss = F.cross_entropy(net(scaled(x)), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.detach() * len(rows)
+            total += loss.detach() * len(y)
     return total.item() / len(labels)
 
 
@@ -72,7 +73,8 @@ def augmented(images: Tensor, random: torch.Generator) -> Tensor:
     flipped = torch.rand(len(images), 1, generator=random) < 0.5
     across = torch.arange(32)
     rows, columns = REFLECTED[top + across], REFLECTED[left + torch.where(flipped, across.flip(0), across)]
-    return images[torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    where = torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]
+    return images[tuple(index.to(images.device) for index in where)]
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -80,21 +82,23 @@ def scaled(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float().div_(255)
 
 
-def main() -> None:
+def benchmark() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [options]")
-    parser.add_argument("--data", metavar="DIR", help="as in cifar.py")
+    parser.add_argument("--data", default="", metavar="DIR", help="as in cifar.py")
     parser.add_argument("--partitioner", choices=sorted({one for one, _ in RUNS}), help="(default: all in turn)")
     parser.add_argument("--strategy", choices=sorted({one for _, one in RUNS}), help="(default: all in turn)")
-    parser.add_argument("--rounds", type=int, default=50, metavar="N")
+    parser.add_argument("--rounds", type=int, default=50, metavar="N", help="1 or more")
     parser.add_argument("--clients", type=int, default=10, metavar="N")
     parser.add_argument("--local-epochs", type=int, default=10, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/niid_bench"), metavar="DIR")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N", help="(default: all cores)")
+    parser.add_argument("--table", action="store_true", help="only show what has been found so far")
     args = parser.parse_args()
-    for case in chosen(args):
-        if args.rounds and (status := run(*case, args)):
-            sys.exit(status)
+    for case in [] if args.table else chosen(args):
+        run(*case, args)
     print(table(args))
+    return 0
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -110,28 +114,32 @@ def folder(partitioner: str, strategy: str, args: argparse.Namespace) -> Path:
     return Path(args.out / f"{partitioner}-{strategy}-{args.seed}")
 
 
-def run(partitioner: str, strategy: str, args: argparse.Namespace) -> int:
-    """Run or resume a simulated federation, and return its exit status."""
-    out = folder(partitioner, strategy, args)
-    resume = ["--resume"] if any(out.glob("checkpoint-*.npz")) else []
-    config = (
-        f'partitioner="{partitioner}" strategy="{strategy}" seed={args.seed} local-epochs={args.local_epochs}'
-        " batch-size=64 learning-rate=0.01 fraction-evaluate=0.0"
-    )
-    server = str(Path(__file__).resolve().parents[1] / "server.py")
-    command = [sys.executable, server, "--task", "benchmarks.niid_bench", "--run-config", config, *resume]
-    command += ["--simulate", str(args.clients), "--rounds", str(args.rounds), "--out", str(out)]
-    command += ["--data", args.data] if args.data else []
-    return subprocess.run(command, check=False).returncode
+def run(partitioner: str, strategy: str, args: argparse.Namespace) -> None:
+    """Run or resume a federation."""
+    from benchmarks.in_process import play_in  # here, because it imports all of the project
+
+    out, processes = folder(partitioner, strategy, args), min(args.processes, args.clients)
+    config = {
+        "task": "benchmarks.niid_bench", "partitioner": partitioner, "strategy": strategy, "data": args.data,
+        "num-clients": args.clients, "num-server-rounds": args.rounds, "local-epochs": args.local_epochs,
+        "batch-size": 64, "learning-rate": 0.01, "fraction-evaluate": 0.0, "seed": args.seed,
+    }  # fmt: skip
+    print(f"{partitioner}, {strategy}", flush=True)
+    if play_in(out, config, processes=processes, shown=True)["status"] != "finished":
+        raise OSError(f"the run in {out} has failed")
+
+
+def rounds_of(out: Path) -> list[dict[str, float]]:
+    """Return the metrics of the rounds in a run folder, from round 0; none if the run has not begun."""
+    file = out / "metrics.json"
+    return list(json.loads(file.read_text("utf-8"))["rounds"]) if file.exists() else []
 
 
 def table(args: argparse.Namespace) -> str:
     """Return a table in Markdown of the runs that have begun."""
     rows = ["| partitions | strategy | rounds | best accuracy, % | in round | published, % |", "|---" * 6 + "|"]
-    for case in chosen(args):
-        metrics = folder(*case, args) / "metrics.json"
-        if metrics.exists():
-            rows.append(row(*case, json.loads(metrics.read_text("utf-8"))["rounds"]))
+    found = ((case, rounds_of(folder(*case, args))) for case in chosen(args))
+    rows += [row(*case, rounds) for case, rounds in found if rounds]
     return "\n".join(rows)
 
 
@@ -143,4 +151,6 @@ def row(partitioner: str, strategy: str, rounds: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from federation.launch.command import run_command  # here, because this file is a task as well
+
+    run_command(benchmark)

@@ -17,7 +17,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import psutil
 from benchmarks import pfl_task
 from benchmarks.cells import FOLDER, load_cells, save_cells
 from benchmarks.harness import ROOT, LaunchError, federate, process_group, relay
-from benchmarks.in_process import play_in
+from benchmarks.in_process import cpu_seconds, play_in
 from federation.app import weights
 from federation.app.checkpoint import load_checkpoint
 from federation.app.config import Settings
@@ -58,13 +57,14 @@ def ours(cells: Cells, args: argparse.Namespace, until: int) -> None:
     folder, config = args.out.with_suffix("") / "ours", {"task": "benchmarks.pfl_task", "num-clients": args.users}
     cell = cells.setdefault("ours", {"accuracies": {}, "rounds": 0, "cpu_seconds": 0.0})
     while cell["rounds"] < until:
-        started, wanted = time.process_time(), min(until, cell["rounds"] + EVERY)
-        metrics = play_in(folder, CONFIG | config | {"data": args.data, "num-server-rounds": wanted})
+        started, wanted = cpu_seconds(), min(until, cell["rounds"] + EVERY)
+        settings = CONFIG | config | {"data": args.data, "num-server-rounds": wanted}
+        metrics = play_in(folder, settings, processes=args.processes)
         if metrics["status"] != "finished":
             raise LaunchError(f"the run in {folder} has failed")
         cell["rounds"] = len(metrics["rounds"]) - 1
         cell["accuracies"][str(cell["rounds"])] = tested(folder, args.data)
-        note(cells, "ours", args, time.process_time() - started)
+        note(cells, "ours", args, cpu_seconds() - started)
 
 
 def tested(folder: Path, data: str) -> float:
@@ -177,6 +177,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=USERS, metavar="N")
     parser.add_argument("--sides", nargs="+", choices=COLOURS, default=[*COLOURS])
     parser.add_argument("--pfl-python", default=sys.executable, metavar="PATH", help="has pfl-research")
+    parser.add_argument("--processes", type=int, default=0, metavar="N", help="for the clients (default: this one)")
     parser.add_argument("--out", type=Path, default=FOLDER / "pfl_cifar.json", metavar="FILE")
     parser.add_argument("--clock", type=int, metavar="N", help="time N rounds (3 or more) of both instead")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of --clock")

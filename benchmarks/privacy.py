@@ -143,8 +143,8 @@ def _spread(values: list[float]) -> str:
 
 
 def main() -> None:
+    from benchmarks.cells import load_cells, save_cells
     from benchmarks.privacy import run  # of the module that is the task
-    from federation.app.run_folder import write_atomically
 
     parser = argparse.ArgumentParser(description=f"{__doc__.split(chr(10))[0]} Continues if it was interrupted.")
     parser.add_argument("--data", metavar="DIR", help="CIFAR-10")
@@ -154,15 +154,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what has been measured, and measure nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out.mkdir(parents=True, exist_ok=True)
     saved, root = args.out / "privacy.json", find_data(args.data)
-    results = json.loads(saved.read_text()) if saved.exists() else {}
+    results = load_cells(saved)
     for seed in range(0 if args.table else args.seeds):
         for multiplier in MULTIPLIERS:
             if (key := f"{multiplier} {seed}") not in results:
                 results[key] = run(multiplier, seed, args.rounds, args.out / f"privacy-{multiplier}-{seed}", root)
-                text = json.dumps(results, indent=2)
-                write_atomically(saved, lambda path, text=text: path.write_text(text))
+                save_cells(saved, results)
                 print(key, results[key], flush=True)
     print(shown(results))
 

@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ladder", "the equivalence ladder, tests/evidence/test_ladder.py")
     group.addoption("--task", default="cifar", metavar="MODULE", help="the script to climb it (default: cifar)")
     group.addoption("--data", default="", metavar="DIR", help="its data folder (default: the script's own choice)")
+    group.addoption("--gpu", action="store_true", help="let it use a GPU, which it must make deterministic")
 
 
 def _take_interrupts() -> None:

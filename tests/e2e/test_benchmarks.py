@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cifar
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Terminals, eventually
 from tests.images import write_images
 
 SHORT = "--data embedded --seeds 1 --rounds 1"
@@ -84,3 +84,37 @@ def test_it_ends_with_its_result(
     assert re.search(result, ran.stdout), ran.stdout
     for path in tmp_path.glob("*.json"):
         assert json.loads(path.read_text("utf-8")), path
+
+
+@pytest.mark.slow
+def test_processes_make_the_model_of_one_and_end_when_their_command_is_killed(terminals: Terminals) -> None:
+    options = shlex.split("--partitioner dirichlet --strategy scaffold --clients 3 --local-epochs 1 --data embedded")
+
+    def command(processes: int, rounds: int) -> list[str]:
+        out = str(terminals.folder / str(processes))
+        return [
+            "benchmarks/niid_bench.py",
+            *options,
+            "--processes",
+            str(processes),
+            "--rounds",
+            str(rounds),
+            "--out",
+            out,
+        ]
+
+    for processes in (1, 2):
+        status, output = terminals.run(*command(processes, 1))
+        assert status == 0 and re.search(r"\| dirichlet \| scaffold \| 1 \| \d", output), output
+    found = [json.loads(path.read_text("utf-8")) for path in terminals.folder.glob("*/*/metrics.json")]
+    assert len(found) == 2 and found[0]["final_weights_sha256"] == found[1]["final_weights_sha256"]
+
+    for stop, status in (("terminate", 130), ("kill", -9)):
+        running = terminals.open(*command(2, 99))
+        running.wait_for("resuming after round")
+        eventually(
+            lambda: len([one for one in terminals.processes() if "spawn_main" in " ".join(one.cmdline())]) == 2, 60
+        )
+        getattr(running.process, stop)()
+        assert running.wait() == status and "Traceback" not in running.text
+        eventually(lambda: not terminals.processes(), 60)

@@ -197,23 +197,3 @@ def test_a_run_that_is_resumed_in_a_simulation_ends_with_the_same_weights(
     assert resumed["rounds"][:2] == played["rounds"][:2] and len(resumed["rounds"]) == 3
     assert resumed["rounds"][2]["seconds"] != played["rounds"][2]["seconds"], "it was played again"
     assert resumed["final_weights_sha256"] == played["final_weights_sha256"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "data", "expected"),
-    [
-        pytest.param("examples.mnist_jax", "embedded", "25 passed", marks=needs("jax")),
-        pytest.param("examples.cifar_keras", "embedded", "17 passed, 8 skipped", marks=needs("keras")),
-        pytest.param("examples.diabetes_torch", "", "22 passed, 3 skipped", marks=needs("sklearn")),
-        pytest.param("examples.digits_sklearn", "", "17 passed, 8 skipped", marks=needs("sklearn")),
-        pytest.param("examples.digits_lightning", "", "25 passed", marks=needs("pytorch_lightning")),
-        pytest.param("examples.text_lora", "", "14 passed, 11 skipped", marks=needs("peft")),
-    ],
-)
-def test_the_examples_climb_the_ladder(task: str, data: str, expected: str) -> None:
-    ladder = ["tests/evidence/test_ladder.py", "--task", task, "--data", data, "-q"]
-    climb = subprocess.run(
-        [sys.executable, "-m", "pytest", *ladder], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
-    assert expected in climb.stdout, climb.stdout

@@ -3,7 +3,8 @@
     pytest tests/evidence/test_ladder.py                              # cifar.py, on the data that it carries
     pytest tests/evidence/test_ladder.py --task my_script --data DIR  # a script of yours, which is in this folder
 
-All clients live in this process, on a Grid in memory: one thread, no GPU, a few hundred samples. A rung that a script
+All clients live in this process, on a Grid in memory: one thread, a few hundred samples, and no GPU, unless --gpu is
+given: see benchmarks/deterministic_cifar.py. A rung that a script
 cannot climb, whoever federates it, is skipped with the reason. One that fails is a difference between the script and
 its federation; mostly, train() draws random numbers that do not come from its `seed`.
 """
@@ -144,7 +145,8 @@ def one_thread() -> Iterator[None]:
 def ladder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ladder]:
     name, root = request.config.getoption("--task"), request.config.getoption("--data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU adds in whatever order it likes
+        if not request.config.getoption("--gpu"):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # a GPU adds in whatever order it likes
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.syspath_prepend(Path.cwd())
         for drawing in ("curves", "partitions"):  # they would take longer than all of the training

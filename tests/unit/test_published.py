@@ -203,7 +203,7 @@ def test_the_best_rate_of_the_search_is_continued_to_the_target(
 ) -> None:
     played: list[tuple[float, int]] = []
 
-    def play(_: Path, config: dict[str, Any]) -> dict[str, Any]:
+    def play(_: Path, config: dict[str, Any], **__: Any) -> dict[str, Any]:
         rate, rounds = config["learning-rate"], config["num-server-rounds"]
         played.append((rate, rounds))
         step = {0.0215: 0.004, 0.0464: 0.008, 0.1: 0.02, 0.215: 0.01, 0.464: 0.0}[rate]
@@ -212,11 +212,11 @@ def test_the_best_rate_of_the_search_is_continued_to_the_target(
 
     monkeypatch.setattr(mcmahan, "play_in", play)
     options = ["--data", "mnist.npz", "--row", "2NN, IID", "--out", str(tmp_path / "cells.json")]
-    text = run(mcmahan.main, *options)
+    text = run(mcmahan.benchmark, *options)
     assert played == [(0.0215, 20), (0.0464, 20), (0.1, 20), (0.215, 20), (0.464, 20), (0.1, 40)]
     assert text.splitlines()[-1].startswith("| 2NN, IID | 97 % | 87 | 38.5 | 0.44 | 0.1 |")
     played.clear()
-    assert run(mcmahan.main, *options).splitlines()[-1] == text.splitlines()[-1] and not played
+    assert run(mcmahan.benchmark, *options).splitlines()[-1] == text.splitlines()[-1] and not played
     with Image.open(tmp_path / "cells.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6) or []}
     assert tuple(bytes.fromhex(mcmahan.COLOURS["IID"][1:])) in colours
@@ -231,7 +231,7 @@ def test_a_row_that_does_not_reach_its_target_says_how_far_it_is() -> None:
 def test_a_row_continues_where_it_was_interrupted(run: Run, tmp_path: Path) -> None:
     options = ["--data", "embedded", "--row", "2NN, IID", "--rates", "0.1", "--search"]
     for name, rounds in (("whole", "2"), ("parts", "1"), ("parts", "2")):
-        run(mcmahan.main, *options, rounds, "--rounds", rounds, "--out", str(tmp_path / f"{name}.json"))
+        run(mcmahan.benchmark, *options, rounds, "--rounds", rounds, "--out", str(tmp_path / f"{name}.json"))
     whole, parts = (load_cells(tmp_path / f"{name}.json") for name in ("whole", "parts"))
     (one,), (other,) = whole.values(), parts.values()
     assert one["accuracies"] == other["accuracies"] and len(one["accuracies"]) == 3

@@ -1,0 +1,29 @@
+"""Scripts in other frameworks climb the equivalence ladder; Keras takes minutes, so this file is apart."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.e2e.test_examples import needs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "data", "expected"),
+    [
+        pytest.param("examples.mnist_jax", "embedded", "25 passed", marks=needs("jax")),
+        pytest.param("examples.cifar_keras", "embedded", "17 passed, 8 skipped", marks=needs("keras")),
+        pytest.param("examples.diabetes_torch", "", "22 passed, 3 skipped", marks=needs("sklearn")),
+        pytest.param("examples.digits_sklearn", "", "17 passed, 8 skipped", marks=needs("sklearn")),
+        pytest.param("examples.digits_lightning", "", "25 passed", marks=needs("pytorch_lightning")),
+        pytest.param("examples.text_lora", "", "14 passed, 11 skipped", marks=needs("peft")),
+    ],
+)
+def test_the_examples_climb_the_ladder(task: str, data: str, expected: str) -> None:
+    ladder = ["tests/evidence/test_ladder.py", "--task", task, "--data", data, "-q"]
+    climb = subprocess.run(
+        [sys.executable, "-m", "pytest", *ladder], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert expected in climb.stdout, climb.stdout
