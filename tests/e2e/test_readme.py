@@ -29,7 +29,7 @@ COMMANDS = {
 }
 RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo runs cifar.py, server.py and client.py
     "make demo", "make test", "make test-slow", "make lint",
-    "make install EXTRAS=dev,jax,keras,sklearn,lightning,text,dp,docs,notebook,onnx,tensorboard,mlflow,wandb",
+    "make install EXTRAS=dev,jax,keras,sklearn,lightning,text,dp,docs,notebook,onnx,tensorboard,mlflow,wandb,browser",
     "make dist", "python3 -m venv /tmp/release && cd /tmp && . /tmp/release/bin/activate",  # by hand, for a release
     "pip install PROJECT/dist/*.tar.gz", "federate --version", "federate server --simulate 2 --rounds 1 --data embedded",
     "federate check cifar --data embedded", "federate new my_task.py && federate check my_task",
