@@ -13,6 +13,7 @@ from threading import Thread
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from federation.app import hide_tensorflow
 from federation.launch.network import LaunchError, free_port, is_up
 from federation.launch.process_group import ROOT, ProcessGroup, process_group, relay
 
@@ -93,7 +94,8 @@ def engine(name: str, simulation: bool, supernodes: int) -> Iterator[ProcessGrou
     host, port = "127.0.0.1", free_port()
     address = f"{host}:{port}"
     with ExitStack() as stack:
-        ours = stack.enter_context(process_group(FOLDER / f"{name}.txt", warm_starts=False))
+        environment = hide_tensorflow.environment()  # with it, as with the extra [keras], the app's PyTorch crashes
+        ours = stack.enter_context(process_group(FOLDER / f"{name}.txt", environment, warm_starts=False))
         (ours.home / "config.toml").write_text(f'[superlink.ours]\naddress = "{address}"\ninsecure = true\n', "utf-8")
         superlink = start(
             ours, "flower-superlink", "--insecure", "--host", host, "--port", str(port),

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from statistics import mean, stdev
@@ -65,9 +65,13 @@ def play_in(
     nodes: dict[int, Settings] = {1 + i: {"partition-id": i, "num-partitions": count} for i in range(count)}
     output = sys.stdout if shown else io.StringIO()
     with in_a_run(), redirect_stdout(output), redirect_stderr(output):
-        grid = NodeProcesses(own, nodes) if processes else InMemoryGrid(own, nodes, app=app)
-        with suppress(RuntimeError):
+        try:
+            grid = NodeProcesses(own, nodes) if processes else InMemoryGrid(own, nodes, app=app)
             server.main(grid, Context(1, 0, {}, RecordDict(), own))
+        except BrokenProcessPool:
+            raise LaunchError("a node's process has been killed; start this again, and it continues") from None
+        except RuntimeError:  # the run has failed, and its metrics.json says so
+            pass
     return dict(json.loads((folder / "metrics.json").read_text("utf-8")))
 
 
@@ -88,10 +92,7 @@ class NodeProcesses(InMemoryGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         ready = [identity for identity in message_ids if identity in self.pending and self.pending[identity].done()]
-        try:
-            return [self.pending.pop(identity).result() for identity in ready]
-        except BrokenProcessPool:
-            raise LaunchError("the process of a node has been killed; start this again, and it continues") from None
+        return [self.pending.pop(identity).result() for identity in ready]
 
 
 @functools.cache
@@ -114,16 +115,16 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-_contexts: list[Context] = []  # in a node's process: that of each run
+_contexts: list[Context] = []  # in a node's process: the one of the run that goes on
 
 
 def _become(context: Context) -> None:
-    _contexts.append(context)
+    _contexts[:] = [context]
 
 
 def _answer(message: Message) -> Message:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        reply = client.app(message, _contexts[-1])
+        reply = client.app(message, *_contexts)
     if reply.has_content():
         reply.content = unpack(reply.content)
     return reply

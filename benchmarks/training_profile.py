@@ -62,7 +62,10 @@ def key(args: argparse.Namespace, batch: int, level: int, repeat: int) -> str:
 
 def study(cells: Cells, args: argparse.Namespace) -> None:
     """Measure what is missing, repeat after repeat, so that the versions alternate."""
-    data: cifar.Data = tuple(part[: args.samples // max(args.batch) * max(args.batch)] for part in args.train)
+    count = args.samples // max(args.batch) * max(args.batch)
+    some = torch.randperm(len(args.train[1]), generator=torch.Generator().manual_seed(0))[:count]
+    images, labels = (part[some] for part in args.train)  # of all classes: one of a single class is soon learned, and
+    data = images, labels  # gradients that are almost zero take many times as long
     for repeat in range(args.repeats):
         for batch in args.batch:
             for level in range(len(PARTS)):

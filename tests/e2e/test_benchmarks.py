@@ -37,13 +37,12 @@ COMMANDS = {  # each with what its output must have; {data} is a folder of a few
     "privacy": ("--data embedded --seeds 1 --rounds 1 --out {out}", r"\| none \| - \| 0\.\d"),
     "round_overhead": ("--data {data} --rounds 2", r"ours / idle: 0\.\d"),
     "rounds": (f"{SHORT} --row 'one epoch a round' --out {{out}}/r.json", r"\| one epoch a round \| \d"),
-    "seconds": ("--help", "usage"),  # as simulation.py
+    "seconds": ("--help", "usage"),  # on Flower's engine without this project's, it takes minutes
     "side_by_side": ("--data {data}", r"federated +\d"),
     "simulated_rounds": (
         "--data {data} --sides plain --clients 2 --rounds 2 --repeats 1 --no-whole --out {out}/sr.json",
         r"plain",
     ),
-    "simulation": ("--help", "usage"),  # on Flower's engine without this project's, it takes minutes
     "threads": ("--data {data} --repeats 1", r"default +[\d,]+ samples/s per process"),
     "topologies": (f"{SHORT} --out {{out}}/t.json --picture {{out}}/t.png", r"\| Dirichlet 0\.5 \| ring \| \d"),
     "training_profile": ("--data embedded --samples 960 --batch 32 --repeats 1 --out {out}/tp.json", r"\|.*%"),

@@ -69,6 +69,9 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "tar -xf berlin.tar", 'docker run --rm --user "$(id -u)" -v ./berlin:/key -v ./images:/data flower_client '
     "--server HOST:8080 --tls /key --data /data",
     "python -m federation.compare --data DIR", "python benchmarks/niid_bench.py --data DIR",  # by hand: they take hours
+    "python benchmarks/mcmahan.py --data mnist.npz",  # likewise
+    "python -m pytest tests/evidence/test_ladder.py --gpu --task benchmarks.deterministic_cifar --data embedded -rs",
+    # by hand: it needs a GPU
     ".venv/bin/pytest -m data",  # by hand: it needs the real CIFAR-10
     "sh benchmarks/namespaces.sh",  # by hand: it needs root, and makes network interfaces
     "sudo ufw allow from 203.0.113.0/24 to any port 8080 proto tcp",  # it opens a firewall
