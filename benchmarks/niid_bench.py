@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -116,8 +117,7 @@ def folder(partitioner: str, strategy: str, args: argparse.Namespace) -> Path:
 
 def run(partitioner: str, strategy: str, args: argparse.Namespace) -> None:
     """Run or resume a federation."""
-    from benchmarks.in_process import play_in  # here, because it imports all of the project
-
+    play_in = import_module("benchmarks.in_process").play_in  # by name, so that clients are not sent it with the task
     out, processes = folder(partitioner, strategy, args), min(args.processes, args.clients)
     config = {
         "task": "benchmarks.niid_bench", "partitioner": partitioner, "strategy": strategy, "data": args.data,

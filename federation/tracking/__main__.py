@@ -24,4 +24,5 @@ def say(line: str) -> None:
         print(PREFIX + line, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,8 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "make demo", "make test", "make test-slow", "make lint",
     "make install EXTRAS=dev,jax,keras,sklearn,lightning,text,dp,docs,notebook,onnx,tensorboard,mlflow,wandb,browser",
     "make dist", "python3 -m venv /tmp/release && cd /tmp && . /tmp/release/bin/activate",  # by hand, for a release
-    "pip install PROJECT/dist/*.tar.gz", "federate --version", "federate server --simulate 2 --rounds 1 --data embedded",
+    "pip install PROJECT/dist/*.tar.gz", "federate --version",
+    "federate server --simulate 2 --rounds 1 --data embedded",
     "federate check cifar --data embedded", "federate new my_task.py && federate check my_task",
     "python cifar.py", "python server.py", "python client.py",
     "python -m venv .venv && . .venv/bin/activate", "pip install -r requirements.txt",
@@ -70,6 +71,7 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
     "--server HOST:8080 --tls /key --data /data",
     "python -m federation.compare --data DIR", "python benchmarks/niid_bench.py --data DIR",  # by hand: they take hours
     "python benchmarks/mcmahan.py --data mnist.npz",  # likewise
+    "python benchmarks/pfl_cifar.py --pfl-python PFL/bin/python",
     "python -m pytest tests/evidence/test_ladder.py --gpu --task benchmarks.deterministic_cifar --data embedded -rs",
     # by hand: it needs a GPU
     ".venv/bin/pytest -m data",  # by hand: it needs the real CIFAR-10
