@@ -6,24 +6,18 @@
 The setting is that of NIID-Bench (Li et al. 2022, section V), as implemented in Flower's baseline: 10 clients, all of
 them in each of 50 rounds of 10 local epochs, batch size 64, SGD with lr 0.01, momentum 0.9 and weight decay 1e-5,
 pixels in 0..1, random crops after reflection padding of 4 pixels, and random flips. The result is the best accuracy
-over the rounds. This file is also the task: `python server.py --task benchmarks.niid_bench`.
+over the rounds. niid_task.py is the task.
 """
 
 import argparse
 import json
 import os
 import sys
-from importlib import import_module
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cifar import Data, Net, find_data, load_data, pick_device
-
-__all__ = ["Net", "find_data", "load_data", "test", "train"]
+from benchmarks.in_process import play_in
+from federation.launch.command import run_command
 
 RUNS = {  # with the published accuracy in percent: mean ± standard deviation, or one run
     ("iid", "fedavg"): "71.32 ± 0.33",
@@ -32,55 +26,6 @@ RUNS = {  # with the published accuracy in percent: mean ± standard deviation, 
     ("dirichlet", "fedprox"): "65.63",
     ("dirichlet", "scaffold"): "68.08",
 }
-EDGE = 4
-REFLECTED = torch.cat([torch.arange(EDGE, 0, -1), torch.arange(32), torch.arange(30, 30 - EDGE, -1)])  # 40 pixels
-
-
-def train(
-    net: nn.Module, data: Data, *, epochs: int, lr: float = 0.01, batch_size: int = 64, seed: int = 0,
-    momentum: float = 0.9, weight_decay: float = 1e-5,
-) -> float:  # fmt: skip
-    """Train `net` in place with SGD on augmented images and return the mean loss per sample of the last epoch."""
-    device = pick_device("auto")
-    net.to(device, memory_format=torch.channels_last).train()
-    images, labels = (part.to(device) for part in data)
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
-    for epoch in range(epochs):
-        random = torch.Generator().manual_seed(seed + epoch)
-        order, total = torch.randperm(len(labels), generator=random).to(device), torch.zeros((), device=device)
-        shown = augmented(images[order], random)
-        for x, y in zip(shown.split(batch_size), labels[order].split(batch_size), strict=True):
-            loss = F.cross_entropy(net(scaled(x)), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(y)
-    return total.item() / len(labels)
-
-
-@torch.no_grad()
-def test(net: nn.Module, data: Data) -> tuple[float, float]:
-    """Return the mean loss per sample and the accuracy in 0..1 of `net` on `data`."""
-    device = pick_device("auto")
-    net.to(device).eval()
-    logits = torch.cat([net(scaled(images.to(device))) for images in data[0].split(500)])
-    labels = data[1].to(device)
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
-
-
-def augmented(images: Tensor, random: torch.Generator) -> Tensor:
-    """Shift each of (n, 32, 32, 3) images by up to 4 pixels, with reflection padding, and flip half of them."""
-    top, left = torch.randint(2 * EDGE + 1, (2, len(images), 1), generator=random)
-    flipped = torch.rand(len(images), 1, generator=random) < 0.5
-    across = torch.arange(32)
-    rows, columns = REFLECTED[top + across], REFLECTED[left + torch.where(flipped, across.flip(0), across)]
-    where = torch.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]
-    return images[tuple(index.to(images.device) for index in where)]
-
-
-def scaled(images: Tensor) -> Tensor:
-    """Turn (n, 32, 32, 3) bytes into (n, 3, 32, 32) floats in 0..1."""
-    return images.permute(0, 3, 1, 2).float().div_(255)
 
 
 def benchmark() -> int:
@@ -117,10 +62,9 @@ def folder(partitioner: str, strategy: str, args: argparse.Namespace) -> Path:
 
 def run(partitioner: str, strategy: str, args: argparse.Namespace) -> None:
     """Run or resume a federation."""
-    play_in = import_module("benchmarks.in_process").play_in  # by name, so that clients are not sent it with the task
     out, processes = folder(partitioner, strategy, args), min(args.processes, args.clients)
     config = {
-        "task": "benchmarks.niid_bench", "partitioner": partitioner, "strategy": strategy, "data": args.data,
+        "task": "benchmarks.niid_task", "partitioner": partitioner, "strategy": strategy, "data": args.data,
         "num-clients": args.clients, "num-server-rounds": args.rounds, "local-epochs": args.local_epochs,
         "batch-size": 64, "learning-rate": 0.01, "fraction-evaluate": 0.0, "seed": args.seed,
     }  # fmt: skip
@@ -151,6 +95,4 @@ def row(partitioner: str, strategy: str, rounds: list[dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    from federation.launch.command import run_command  # here, because this file is a task as well
-
     run_command(benchmark)

@@ -354,7 +354,7 @@ def test_privacy(terminals: Terminals, checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_the_ladder_takes_any_task(terminals: Terminals, checkout: Path) -> None:
-    command = "python -m pytest tests/evidence/test_ladder.py --task benchmarks.niid_bench --data embedded -rs"
+    command = "python -m pytest tests/evidence/test_ladder.py --task benchmarks.niid_task --data embedded -rs"
     ladder = terminals.shell(command, checkout)
     assert ladder.wait(400) == 0, ladder.text
     assert "it draws random numbers" in ladder.text, "the reason of what is skipped"

@@ -491,7 +491,7 @@ def begun(tmp_path: Path) -> Path:
         (["--run-config", "partitioner='dirichlet'"], ["partitioner='dirichlet'", "'iid'"]),
         (["--clients", "3"], ["num-clients=3", "2"]),
         (["--simulate", "3"], ["num-clients=3", "2"]),
-        (["--task", "benchmarks.niid_bench"], ["task='benchmarks.niid_bench'", "'cifar'"]),
+        (["--task", "benchmarks.niid_task"], ["task='benchmarks.niid_task'", "'cifar'"]),
     ],
     ids=lambda value: " ".join(value),
 )

@@ -120,14 +120,14 @@ def test_clients_get_the_app_and_the_task_with_what_it_imports_and_nothing_else(
     with patch.dict(sys.modules):
         for name in [name for name in sys.modules if name.split(".")[0] in ours]:
             del sys.modules[name]  # as in a process that has not yet imported anything of the project
-        files = sources(load_task("benchmarks.niid_bench"))
+        files = sources(load_task("benchmarks.niid_task"))
         host.bundle(tmp_path, {name: str(path) for name, path in files.items()})
     bundled = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     app = {"pyproject.toml", "client.py", "server.py"}
     app |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("federation/app/**/*.py")} | {
         "federation/__init__.py"
     }
-    assert bundled == app | {"benchmarks/niid_bench.py", "cifar.py", "cifar_data.py"}
+    assert bundled == app | {"benchmarks/niid_task.py", "cifar.py", "cifar_data.py"}
     assert PYPROJECT["tool"]["flwr"]["app"]["fab-include"] == ["**/*.py"], "as flwr run has it: whatever is not ignored"
     components = PYPROJECT["tool"]["flwr"]["app"]["components"]
     assert components == {"serverapp": "server:app", "clientapp": "client:app"}

@@ -1,4 +1,4 @@
-"""benchmarks/niid_bench.py is a task as cifar.py is, and trains as the published benchmark does."""
+"""benchmarks/niid_task.py is a task as cifar.py is, and trains as the published benchmark does."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cifar
-from benchmarks import niid_bench
+from benchmarks import niid_bench, niid_task
 from cifar_data import embedded_data
 from federation.app.config import choices
 from federation.app.strategy import STRATEGIES
@@ -55,7 +55,7 @@ def crops(images: Tensor) -> Iterator[Tensor]:
 
 def test_every_image_is_one_of_its_crops() -> None:
     images = noise(150)
-    augmented = niid_bench.augmented(images, generator(1))
+    augmented = niid_task.augmented(images, generator(1))
     assert augmented.shape == images.shape and augmented.dtype == torch.uint8
     matches = torch.stack([(crop == augmented).flatten(1).all(1) for crop in crops(images)])
     assert matches.shape == (162, 150)
@@ -66,7 +66,7 @@ def test_every_image_is_one_of_its_crops() -> None:
 def test_all_shifts_and_flips_are_equally_frequent() -> None:
     across = torch.arange(32, dtype=torch.uint8)
     image = torch.stack([across[:, None].expand(32, 32), across.expand(32, 32), torch.zeros(32, 32).byte()], dim=2)
-    augmented = niid_bench.augmented(image.expand(16_200, 32, 32, 3), generator(2)).int()
+    augmented = niid_task.augmented(image.expand(16_200, 32, 32, 3), generator(2)).int()
     (row, column, _), (_, neighbour, _) = augmented[:, 16, 16].T, augmented[:, 16, 17].T
     flipped = column > neighbour
     top, left = row - 16, column - torch.where(flipped, 15, 16)
@@ -77,16 +77,16 @@ def test_all_shifts_and_flips_are_equally_frequent() -> None:
 
 def test_augmentation_is_seeded() -> None:
     images = noise(20)
-    one, same, other = (niid_bench.augmented(images, generator(seed)) for seed in (5, 5, 6))
+    one, same, other = (niid_task.augmented(images, generator(seed)) for seed in (5, 5, 6))
     assert torch.equal(one, same) and not torch.equal(one, other)
     random = generator(5)
-    assert not torch.equal(niid_bench.augmented(images, random), niid_bench.augmented(images, random))
+    assert not torch.equal(niid_task.augmented(images, random), niid_task.augmented(images, random))
 
 
 def test_pixels_are_scaled_to_0_and_1() -> None:
     images = noise(3)
     images[0, 0, 0, 0], images[0, 0, 0, 1] = 0, 255
-    scaled = niid_bench.scaled(images)
+    scaled = niid_task.scaled(images)
     assert scaled.shape == (3, 3, 32, 32) and scaled.dtype == torch.float32
     assert scaled.min() == 0 and scaled.max() == 1
     assert torch.equal((scaled * 255).round().byte(), images.permute(0, 3, 1, 2))
@@ -97,7 +97,7 @@ def test_pixels_are_scaled_to_0_and_1() -> None:
 
 def test_training_moves_all_weights_by_the_seed(some_data: cifar.Data) -> None:
     nets = [new_net() for _ in range(3)]
-    losses = [niid_bench.train(net, some_data, epochs=2, seed=s) for net, s in zip(nets, (5, 5, 6), strict=True)]
+    losses = [niid_task.train(net, some_data, epochs=2, seed=s) for net, s in zip(nets, (5, 5, 6), strict=True)]
     one, same, other = map(weights, nets)
     assert torch.equal(one, same) and losses[0] == losses[1]
     assert not torch.equal(one, other) and losses[0] != losses[2]
@@ -107,18 +107,18 @@ def test_training_moves_all_weights_by_the_seed(some_data: cifar.Data) -> None:
 
 def test_training_does_not_depend_on_the_global_random_state(some_data: cifar.Data) -> None:
     one, other = new_net(), new_net()
-    niid_bench.train(one, some_data, epochs=1, seed=5)
+    niid_task.train(one, some_data, epochs=1, seed=5)
     torch.rand(7)
     state = torch.get_rng_state()
-    niid_bench.train(other, some_data, epochs=1, seed=5)
+    niid_task.train(other, some_data, epochs=1, seed=5)
     assert torch.equal(weights(one), weights(other)) and torch.equal(torch.get_rng_state(), state)
 
 
 def test_calls_of_one_epoch_continue_one_another(some_data: cifar.Data) -> None:
     """Without momentum, which is the optimizer's and ends with a call, they are one call of as many epochs."""
     at_once, one_by_one = new_net(), new_net()
-    whole = niid_bench.train(at_once, some_data, epochs=3, seed=7, momentum=0)
-    parts = [niid_bench.train(one_by_one, some_data, epochs=1, seed=7 + epoch, momentum=0) for epoch in range(3)]
+    whole = niid_task.train(at_once, some_data, epochs=3, seed=7, momentum=0)
+    parts = [niid_task.train(one_by_one, some_data, epochs=1, seed=7 + epoch, momentum=0) for epoch in range(3)]
     assert torch.equal(weights(at_once), weights(one_by_one))
     assert whole == parts[-1] and len(set(parts)) == 3
 
@@ -126,9 +126,9 @@ def test_calls_of_one_epoch_continue_one_another(some_data: cifar.Data) -> None:
 def test_training_is_the_plain_loop_with_the_published_settings(
     some_data: cifar.Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(niid_bench, "augmented", lambda images, random: images)
+    monkeypatch.setattr(niid_task, "augmented", lambda images, random: images)
     net, plain = new_net(), new_net()
-    loss = niid_bench.train(net, some_data, epochs=2, seed=5)
+    loss = niid_task.train(net, some_data, epochs=2, seed=5)
     images, labels = some_data
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5)
     for epoch in range(2):
@@ -145,9 +145,9 @@ def test_training_is_the_plain_loop_with_the_published_settings(
 
 def test_training_sees_every_image_augmented_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     data, seen = embedded_data(50, seed=3), []
-    original = niid_bench.augmented
-    monkeypatch.setattr(niid_bench, "augmented", lambda *given: seen.append(original(*given)) or seen[-1])
-    niid_bench.train(new_net(), data, epochs=2, batch_size=20, seed=5)
+    original = niid_task.augmented
+    monkeypatch.setattr(niid_task, "augmented", lambda *given: seen.append(original(*given)) or seen[-1])
+    niid_task.train(new_net(), data, epochs=2, batch_size=20, seed=5)
     assert [len(images) for images in seen] == [50] * 2
     for epoch, images in enumerate(seen):
         sources = data[0][torch.randperm(50, generator=generator(5 + epoch))]
@@ -159,7 +159,7 @@ def test_training_sees_every_image_augmented_anew(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("samples", [1, 499, 500, 1203])
 def test_testing_is_the_plain_evaluation(samples: int) -> None:
     net, (images, labels) = new_net().train(), embedded_data(samples, seed=2)
-    loss, accuracy = niid_bench.test(net, (images, labels))
+    loss, accuracy = niid_task.test(net, (images, labels))
     with torch.no_grad():
         logits = net(images.permute(0, 3, 1, 2) / 255)
     assert loss == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item() / samples, rel=1e-5)
@@ -169,7 +169,7 @@ def test_testing_is_the_plain_evaluation(samples: int) -> None:
 
 def test_testing_leaves_the_weights_alone() -> None:
     net = new_net()
-    assert niid_bench.test(net, embedded_data(50, seed=2)) == niid_bench.test(net, embedded_data(50, seed=2))
+    assert niid_task.test(net, embedded_data(50, seed=2)) == niid_task.test(net, embedded_data(50, seed=2))
     assert torch.equal(weights(net), weights(new_net()))
 
 
@@ -177,10 +177,10 @@ def test_testing_leaves_the_weights_alone() -> None:
 
 
 def test_it_is_a_task_with_the_network_and_the_data_of_cifar() -> None:
-    task = load_task("benchmarks.niid_bench")
+    task = load_task("benchmarks.niid_task")
     assert task.Net is cifar.Net and task.load_data is cifar.load_data and task.find_data is cifar.find_data
-    assert task.train is niid_bench.train is not cifar.train
-    assert task.test is niid_bench.test is not cifar.test
+    assert task.train is niid_task.train is not cifar.train
+    assert task.test is niid_task.test is not cifar.test
 
 
 def test_the_table_has_the_best_round_of_each_run_that_has_begun(tmp_path: Path) -> None:
