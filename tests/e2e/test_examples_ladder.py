@@ -1,5 +1,6 @@
 """Scripts in other frameworks climb the equivalence ladder; Keras takes minutes, so this file is apart."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.e2e.test_examples import needs
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1")  # or they
+# would wait for those of the tests beside them
 
 
 @pytest.mark.slow
@@ -24,6 +28,11 @@ from tests.e2e.test_examples import needs
 def test_the_examples_climb_the_ladder(task: str, data: str, expected: str) -> None:
     ladder = ["tests/evidence/test_ladder.py", "--task", task, "--data", data, "-q"]
     climb = subprocess.run(
-        [sys.executable, "-m", "pytest", *ladder], cwd=ROOT, capture_output=True, text=True, timeout=900
+        [sys.executable, "-m", "pytest", *ladder],
+        cwd=ROOT,
+        env=os.environ | ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert expected in climb.stdout, climb.stdout
