@@ -5,6 +5,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from federation.app import hide_tensorflow
 from federation.app.console import FOLDER, PREFIX
 from federation.tracking.follow import follow
 
@@ -13,6 +14,7 @@ NICENESS = 10  # training goes first
 
 def main() -> None:
     folder, names, since = sys.argv[1:]
+    hide_tensorflow.reveal()  # MLflow looks for it, and a simulation, which has started this, hides it
     os.chdir(os.environ[FOLDER])  # where the trackers' own defaults lead
     if hasattr(os, "nice"):
         os.nice(NICENESS)
