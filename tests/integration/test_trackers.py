@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from federation.app import hide_tensorflow
 from federation.app.tracking import command
 from federation.launch.network import free_port
 from federation.tracking.run import numbers
@@ -75,7 +76,8 @@ def test_an_mlflow_server_that_comes_late_gets_all_of_a_run_and_each_round_once(
     mlflow = pytest.importorskip("mlflow")
     run, port = tmp_path / "federated", free_port()
     address = f"http://127.0.0.1:{port}"
-    process = follower(run, "mlflow", MLFLOW_TRACKING_URI=address)
+    as_simulated = hide_tensorflow.environment()  # MLflow itself imports TensorFlow where it is installed
+    process = follower(run, "mlflow", MLFLOW_TRACKING_URI=address, **as_simulated)
     write_run(run, 1)
     assert process.stdout and "tracking=mlflow does not work for now" in process.stdout.readline()
     with mlflow_server(tmp_path, port):
