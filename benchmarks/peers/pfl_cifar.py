@@ -87,7 +87,7 @@ def main() -> None:
     log, file = RoundLog(options.out), options.out / "checkpoint.pt"
     net = new_net()
     if file.exists():
-        saved = torch.load(file)
+        saved = torch.load(file, map_location="cpu")  # it may come from a GPU
         log.rounds = saved["rounds"]
         net.load_state_dict(saved["weights"])
     done = max(0, len(log.rounds) - 1)
