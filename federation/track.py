@@ -21,14 +21,14 @@ def track(
 
     This is for a run that was not tracked, and for one that a tracker has only in part. Nothing is sent twice.
     """
-    from federation.app.run_folder import lock_run_folder
+    from federation.app.run_folder import METRICS, lock_run_folder
     from federation.app.tracking import check_installed, split_names
     from federation.tracking.follow import send
 
     with misuse("--tracking"):
         names = split_names(tracking)
         check_installed(names)
-    if not (folder / "metrics.json").is_file():
+    if not (folder / METRICS).is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no metrics.json")
     with lock_run_folder(folder):
         return 0 if send(folder.absolute(), names, print) else 1

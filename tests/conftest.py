@@ -153,6 +153,18 @@ def failed(
     return failed
 
 
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs a script's main with a command line, and returns what it prints."""
+
+    def run_main(main: Callable[[], object], *options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["study.py", *options])
+        main()
+        return capsys.readouterr().out
+
+    return run_main
+
+
 @pytest.fixture(scope="module", name="in_a_run")
 def in_a_run_fixture() -> Iterator[None]:
     from tests.in_memory import in_a_run

@@ -24,6 +24,8 @@ CONTROL = "federation# "
 CONSOLE = "FEDERATION_CONSOLE"  # the environment variable that names the launcher's pipe for the ServerApp
 FOLDER = "FEDERATION_FOLDER"  # the environment variable that names the folder in which the user started a command
 
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
 pipes: list[IO[str]] = []  # the launcher's, in the process of a ServerApp
 
 
@@ -43,6 +45,10 @@ def _print(line: str) -> None:
     for pipe in (None, *pipes):  # None is the standard output, as it is at the time
         with suppress(OSError):
             print(line, file=pipe, flush=True)
+
+
+def without_colours(line: str) -> str:
+    return COLOUR.sub("", line)
 
 
 def one_line(error: object) -> str:

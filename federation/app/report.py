@@ -26,7 +26,7 @@ from federation.app.metrics_file import MetricsText
 from federation.app.partition import Rows
 from federation.app.privacy import note_local
 from federation.app.roster import Past
-from federation.app.run_folder import lock_run_folder, write_atomically
+from federation.app.run_folder import METRICS, lock_run_folder, write_atomically
 from federation.app.summary import summary
 
 MOST_SHOWN = 2  # metrics besides the loss
@@ -237,7 +237,7 @@ class Report:
     def _write(self) -> None:
         started = time.monotonic()
         text = self.text.encode(self.metrics | self.live.facts())
-        self._save("metrics.json", lambda path: path.write_text(text, "utf-8"))
+        self._save(METRICS, lambda path: path.write_text(text, "utf-8"))
         self.live.postpone(started)
 
     def _save(self, name: str, write: Callable[[Path], object]) -> None:

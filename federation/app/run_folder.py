@@ -7,6 +7,8 @@ from pathlib import Path
 
 import filelock
 
+METRICS = "metrics.json"  # its file with what is known of the run
+
 
 def lock_run_folder(folder: Path) -> filelock.BaseFileLock:
     """Lock a run folder for as long as this process lives. Raises ValueError if another run is writing to it."""
@@ -28,7 +30,7 @@ def run_folder(folder: Path) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                _mark_failed(folder / "metrics.json")
+                _mark_failed(folder / METRICS)
 
 
 def _mark_failed(path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from federation.app import weights
 from federation.app.config import module_name
 from federation.app.console import one_line
+from federation.app.run_folder import METRICS
 from federation.app.task import build_net, load_task
 
 DEFAULT_TASK = "cifar"
@@ -50,7 +51,7 @@ def read_record(path: Path, task: str = "") -> Record:
 
     Raises ValueError where metrics.json is damaged.
     """
-    source, task = path.with_name("metrics.json"), module_name(task)
+    source, task = path.with_name(METRICS), module_name(task)
     if not source.is_file():
         return Record(task or DEFAULT_TASK)
     try:

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import gc
 import json
+import logging
 import re
 import ssl
 import time
@@ -184,7 +185,7 @@ def served(app: ASGIApp, connections: Connections, host: str, port: int, log_lev
     return uvicorn.Config(
         Limited(app, connections), host, port, http=connections.protocol(), ws="none", lifespan="off",
         loop="asyncio",  # with uvloop, start_tls never returns after pause_reading
-        backlog=BACKLOG, log_level=log_level,
+        backlog=BACKLOG, log_level=log_level, log_config=None,  # its own would close the handlers of others
         timeout_graceful_shutdown=0,  # do not wait for held calls
     )  # fmt: skip
 
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--imports", type=Path, help="a file with the modules that a task imports, as a JSON list")
     parser.add_argument("--tls", type=Path, help="the folder of server.crt and server.key")
     args = parser.parse_args()
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     connections = Connections(most_connections(), certificate(args.tls) if args.tls else None)
     app = proxy(args.superlink, args.superlink_ca, json.loads(args.imports.read_text("utf-8")) if args.imports else ())
     gc.freeze()  # a failed handshake leaves 256 KiB to the garbage collector, so run it often

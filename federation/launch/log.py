@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import IO
 
-from federation.app.console import CONTROL, PREFIX
+from federation.app.console import CONTROL, PREFIX, without_colours
 
 REMEMBERED = 1000  # lines, among which the reason of a failure is looked for
-COLOUR = re.compile(r"\x1b\[[\d;]*m")
 LEVEL = re.compile(r"(?:\d\S+Z )?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b *:? *")  # as Flower or uvicorn begins a line
 ERROR = re.compile(r"\w(Error|Exception)\b|^the run failed: ")
 
@@ -52,7 +51,7 @@ form = Form()
 
 def read(line: str) -> logging.LogRecord:
     """Return a printed line without its colours, level and time: these are in the record."""
-    text = COLOUR.sub("", line).rstrip().removeprefix(PREFIX)
+    text = without_colours(line).rstrip().removeprefix(PREFIX)
     found = LEVEL.match(text)
     level = logging.DEBUG if text.startswith(CONTROL) else logging.ERROR if ERROR.search(text) else logging.INFO
     if found:

@@ -15,8 +15,9 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
+from federation.app.run_folder import METRICS
 from federation.launch.network import Address, LaunchError, address, is_loopback, shown
-from federation.page.version import METRICS, version_of
+from federation.page.version import version_of
 
 if TYPE_CHECKING:
     import uvicorn

@@ -1,20 +1,19 @@
 """A run folder, as the page reads it: again when it has changed, and what is damaged is left as it was."""
 
 import json
-import re
 import time
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from federation.app.console import CONTROL, PREFIX
-from federation.page.version import METRICS, version_of
+from federation.app.console import CONTROL, PREFIX, without_colours
+from federation.app.run_folder import METRICS
+from federation.page.version import version_of
 from federation.page.view import View, empty_view, make_view
 
 LOG = "log.txt"
 SHARE = 0.05  # of the time, at most, is spent on reading
 TAIL_BYTES, TAIL_LINES = 65_536, 200
-COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 def is_run(folder: Path) -> bool:
@@ -64,5 +63,5 @@ class RunFolder:
                 text = file.read().decode("utf-8", "replace")
         except OSError:
             return []
-        lines = [COLOUR.sub("", line).replace(PREFIX, "", 1) for line in text.splitlines() if CONTROL not in line]
+        lines = [without_colours(line).replace(PREFIX, "", 1) for line in text.splitlines() if CONTROL not in line]
         return lines[-TAIL_LINES:]

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-METRICS = "metrics.json"
-
 
 def version_of(path: Path) -> str:
     """Return a text that changes whenever a file does."""

@@ -27,6 +27,7 @@ from federation.app import metrics, samples
 from federation.app.config import RunConfig, Settings, validate
 from federation.app.cores import THREADS, share_cores
 from federation.app.partition import Rows, split_data
+from federation.app.run_folder import METRICS
 from federation.app.strategy import check_strategy
 from federation.app.task import (
     build_net,
@@ -129,7 +130,7 @@ class Lab:
         with redirect_stdout(io.StringIO()):  # hide its table, but not its progress bar
             if host.host_run(("127.0.0.1", 0), config, simulation.plan(self.clients)):
                 raise LaunchError(f"a federated run failed; see {out / 'log.txt'}")
-        return list(json.loads((out / "metrics.json").read_text("utf-8"))["rounds"][1:])
+        return list(json.loads((out / METRICS).read_text("utf-8"))["rounds"][1:])
 
 
 # ------------------------------------------------------------------------------------------------- what is compared

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from federation.app.run_folder import METRICS
+
 PICTURES = "curves.png", "partitions.png"
 
 
@@ -67,7 +69,7 @@ class Run:
 
 def read_run(folder: Path, since: float = 0) -> Run | None:
     """Return the run in a folder, None where there is none that was written `since` then. Raises OSError."""
-    path = folder / "metrics.json"
+    path = folder / METRICS
     if not path.exists() or (written := path.stat().st_mtime) < since:
         return None
     return Run(folder, json.loads(path.read_text("utf-8")), written)

@@ -11,6 +11,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Metric, Param  # noqa: E402
 
+from federation.app.run_folder import METRICS  # noqa: E402
 from federation.tracking.run import Run  # noqa: E402
 
 TAG = "federation.run"
@@ -63,7 +64,7 @@ class Tracker:
             self.client.log_batch(self.id, metrics=metrics[start : start + MOST_METRICS])
 
     def close(self, run: Run) -> None:
-        for path in (*run.pictures, run.folder / "metrics.json"):
+        for path in (*run.pictures, run.folder / METRICS):
             self.client.log_artifact(self.id, str(path))
         for path in run.models:
             self.client.log_artifact(self.id, str(path), "model")

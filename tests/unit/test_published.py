@@ -31,18 +31,6 @@ NETWORKS = [
 IDS = ["cnn", "2nn", "pfl"]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs a script's main with a command line, and returns what it prints."""
-
-    def run(main: Callable[[], object], *options: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["published.py", *options])
-        main()
-        return capsys.readouterr().out
-
-    return run
-
-
 def weights(net: nn.Module) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in net.state_dict().values()])
 
@@ -199,7 +187,7 @@ def test_every_row_can_start() -> None:
 
 
 def test_the_best_rate_of_the_search_is_continued_to_the_target(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_main: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     played: list[tuple[float, int]] = []
 
@@ -212,11 +200,11 @@ def test_the_best_rate_of_the_search_is_continued_to_the_target(
 
     monkeypatch.setattr(mcmahan, "play_in", play)
     options = ["--data", "mnist.npz", "--row", "2NN, IID", "--out", str(tmp_path / "cells.json")]
-    text = run(mcmahan.benchmark, *options)
+    text = run_main(mcmahan.benchmark, *options)
     assert played == [(0.0215, 20), (0.0464, 20), (0.1, 20), (0.215, 20), (0.464, 20), (0.1, 40)]
     assert text.splitlines()[-1].startswith("| 2NN, IID | 97 % | 87 | 38.5 | 0.44 | 0.1 |")
     played.clear()
-    assert run(mcmahan.benchmark, *options).splitlines()[-1] == text.splitlines()[-1] and not played
+    assert run_main(mcmahan.benchmark, *options).splitlines()[-1] == text.splitlines()[-1] and not played
     with Image.open(tmp_path / "cells.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6) or []}
     assert tuple(bytes.fromhex(mcmahan.COLOURS["IID"][1:])) in colours
@@ -228,10 +216,10 @@ def test_a_row_that_does_not_reach_its_target_says_how_far_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_a_row_continues_where_it_was_interrupted(run: Run, tmp_path: Path) -> None:
+def test_a_row_continues_where_it_was_interrupted(run_main: Run, tmp_path: Path) -> None:
     options = ["--data", "embedded", "--row", "2NN, IID", "--rates", "0.1", "--search"]
     for name, rounds in (("whole", "2"), ("parts", "1"), ("parts", "2")):
-        run(mcmahan.benchmark, *options, rounds, "--rounds", rounds, "--out", str(tmp_path / f"{name}.json"))
+        run_main(mcmahan.benchmark, *options, rounds, "--rounds", rounds, "--out", str(tmp_path / f"{name}.json"))
     whole, parts = (load_cells(tmp_path / f"{name}.json") for name in ("whole", "parts"))
     (one,), (other,) = whole.values(), parts.values()
     assert one["accuracies"] == other["accuracies"] and len(one["accuracies"]) == 3
@@ -244,7 +232,7 @@ def test_a_row_continues_where_it_was_interrupted(run: Run, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_our_side_of_pfl_continues_and_tests_its_models(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_main: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     data = embedded_data(400, seed=1), embedded_data(80, seed=2)
     monkeypatch.setattr(pfl_task, "load_data", lambda root=None: data)
@@ -252,7 +240,7 @@ def test_our_side_of_pfl_continues_and_tests_its_models(
     options = ["--data", "embedded", "--users", "20", "--sides", "ours", "--rounds"]
     for name, every, rounds in (("whole", 2, "2"), ("parts", 1, "1"), ("parts", 1, "2")):
         monkeypatch.setattr(pfl_cifar, "EVERY", every)
-        table = run(pfl_cifar.benchmark, *options, rounds, "--out", str(tmp_path / f"{name}.json"))
+        table = run_main(pfl_cifar.benchmark, *options, rounds, "--out", str(tmp_path / f"{name}.json"))
     whole, parts = (load_cells(tmp_path / f"{name}.json")["ours"] for name in ("whole", "parts"))
     assert [*whole["accuracies"]] == ["2"] and [*parts["accuracies"]] == ["1", "2"]
     assert whole["accuracies"]["2"] == parts["accuracies"]["2"]

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,18 +31,6 @@ from tests.in_memory import InMemoryGrid, in_a_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RUN = sides.Run([2.0, 4.0], 9.0, 0.5, 1.5)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that runs a script's main with a command line, and returns what it prints."""
-
-    def run(main: Callable[[], object], *options: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["study.py", *options])
-        main()
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +73,7 @@ def test_sides_alternate_and_slow_ones_are_measured_with_few_clients() -> None:
 
 
 def test_what_is_measured_is_shown_and_not_measured_again(
-    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_main: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seconds_of = {"plain": 1.0, "pfl": 2.0}
     monkeypatch.setattr(
@@ -95,7 +82,7 @@ def test_what_is_measured_is_shown_and_not_measured_again(
     )  # fmt: skip
     monkeypatch.setattr(simulated_rounds, "is_usable", lambda side, args: side != "nvflare")
     options = ["--data", "embedded", "--repeats", "2", "--clients", "10", "100", "--out", str(tmp_path / "runs.json")]
-    first = run(simulated_rounds.main, *options)
+    first = run_main(simulated_rounds.main, *options)
     assert len(json.loads((tmp_path / "runs.json").read_text())) == 2 * 3 * 5
     assert "| 100 | 3 | server.py --simulate | 3.00 (3.00 to 3.00) | 9.0 (9.0 to 9.0) | 1.50 | 0.500 | 2 |" in first
     assert "simulated / pfl: 10 clients, a round: 1.50 (1.50 to 1.50), bound 1.25" in first
@@ -103,7 +90,7 @@ def test_what_is_measured_is_shown_and_not_measured_again(
     styles = {side: style for side, style in simulated_rounds.STYLES.items() if side != "nvflare"}
     assert rgb(style[1] for style in styles.values()) <= colours(tmp_path / "runs.png")
     monkeypatch.setattr(simulated_rounds, "measure", lambda *_: pytest.fail("it was measured again"))
-    assert run(simulated_rounds.main, *options) == first[first.index("| clients") :]
+    assert run_main(simulated_rounds.main, *options) == first[first.index("| clients") :]
 
 
 @pytest.mark.slow
@@ -185,11 +172,11 @@ def test_all_pipelines_make_the_same_of_an_image(folder: Path) -> None:
 
 
 def test_pipelines_are_measured_once_and_compared(
-    run: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_main: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "cells.json"
     options = ["--data", str(folder), "--batch", "32", "--repeats", "1", "--threads", "1", "--out", str(out)]
-    first = run(input_pipeline.main, *options, "--accuracy", "0.01")
+    first = run_main(input_pipeline.main, *options, "--accuracy", "0.01")
     cells = json.loads(out.read_text())
     rates = {way: cells[f"50000 samples, 1 threads, batch 32, {way}, 0"] for way in input_pipeline.WAYS}
     for way, rate in rates.items():
@@ -197,16 +184,16 @@ def test_pipelines_are_measured_once_and_compared(
     assert "| cifar.py | 1 |" in first and len(cells["to 0.01, 1 threads, cifar.py, 0"]["seconds"]) == 1
     for name in ("rate", "until"):
         monkeypatch.setattr(input_pipeline, name, lambda *_: pytest.fail("it was measured again"))
-    assert run(input_pipeline.main, *options, "--accuracy", "0.01") == first[first.index("| samples/s") :]
+    assert run_main(input_pipeline.main, *options, "--accuracy", "0.01") == first[first.index("| samples/s") :]
 
 
 def test_an_accuracy_that_is_not_reached_is_not_claimed(
-    run: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_main: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(input_pipeline, "MOST_EPOCHS", 2)
     monkeypatch.setattr(input_pipeline, "WAYS", ("cifar.py",))
     options = ["--data", str(folder), "--batch", "32", "--repeats", "1", "--out", str(tmp_path / "cells.json")]
-    shown = run(input_pipeline.main, *options, "--accuracy", "1.1")
+    shown = run_main(input_pipeline.main, *options, "--accuracy", "1.1")
     assert shown.count("| not reached | - |") == 2
 
 
@@ -220,10 +207,10 @@ def test_all_parts_together_are_what_cifar_py_does() -> None:
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_the_shares_of_a_training_make_it_whole(run: Callable[..., str], folder: Path, tmp_path: Path) -> None:
+def test_the_shares_of_a_training_make_it_whole(run_main: Callable[..., str], folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "cells.json"
     options = ["--data", str(folder), "--samples", "96", "--batch", "32", "--repeats", "1", "--threads", "1"]
-    table = run(training_profile.main, *options, "--out", str(out))
+    table = run_main(training_profile.main, *options, "--out", str(out))
     rows = [line.split(" | ") for line in table[table.index("| share") :].splitlines()[2:]]
     assert [row[0].removeprefix("| ") for row in rows] == [*training_profile.PARTS]
     assert sum(float(row[1].removesuffix(" |")) for row in rows) == pytest.approx(100, abs=0.3)
@@ -282,13 +269,15 @@ def test_the_start_of_a_process_is_known() -> None:
     assert age == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
 
 
-def test_before_and_after_are_drawn(run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_before_and_after_are_drawn(
+    run_main: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ways = {"before": 2.0, "after": 1.0}
     monkeypatch.setattr(seconds, "run", lambda where, way, args: dict.fromkeys(seconds.COLOURS, ways[way]))
-    shown = run(seconds.main, "--data", "embedded", "--repeats", "2", "--out", str(tmp_path / "parts.json"))
+    shown = run_main(seconds.main, "--data", "embedded", "--repeats", "2", "--out", str(tmp_path / "parts.json"))
     assert f"| terminals, before {'| 2.00 ' * 9}| 18.00 |" in shown
     assert f"| simulation, after {'| 1.00 ' * 9}| 9.00 |" in shown
     assert rgb(seconds.COLOURS.values()) <= colours(tmp_path / "parts.png")
     monkeypatch.setattr(seconds, "run", lambda *_: pytest.fail("it was run again"))
-    again = run(seconds.main, "--data", "embedded", "--repeats", "2", "--out", str(tmp_path / "parts.json"))
+    again = run_main(seconds.main, "--data", "embedded", "--repeats", "2", "--out", str(tmp_path / "parts.json"))
     assert again == shown[shown.index("| seconds") :]

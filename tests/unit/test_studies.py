@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,18 +34,6 @@ STUDIES = [(heterogeneity.main, ["--setting", "10 of 10 clients"]), (attacks.mai
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return a function that runs a script's main with a command line, and returns what it prints."""
-
-    def run(main: Callable[[], None], *options: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["study.py", *options])
-        main()
-        return capsys.readouterr().out
-
-    return run
-
-
 def test_the_small_task_has_every_fifth_image_and_is_cifar_otherwise() -> None:
     task = load_task("benchmarks.small_cifar")
     assert (task.Net, task.train, task.test) == (cifar.Net, cifar.train, cifar.test)
@@ -70,10 +57,14 @@ def test_every_attacked_run_can_start_and_bulyan_needs_its_eleventh_client() -> 
 
 @pytest.mark.parametrize(("main", "options"), STUDIES, ids=["heterogeneity", "attacks"])
 def test_a_study_shows_what_its_runs_found_and_runs_nothing_twice(
-    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, main: Callable[[], None], options: Any
+    run_main: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    main: Callable[[], None],
+    options: Any,
 ) -> None:
     out = ["--out", str(tmp_path / "cells.json")]
-    first = run(main, *ONE_CELL, *options, *out)
+    first = run_main(main, *ONE_CELL, *options, *out)
     ((_, cell),) = json.loads((tmp_path / "cells.json").read_text()).items()
     assert cell["status"] == "finished" and len(cell["accuracies"]) == 2
     shown = np.mean(cell["accuracies"]) if main is heterogeneity.main else cell["accuracies"][-1]
@@ -81,7 +72,7 @@ def test_a_study_shows_what_its_runs_found_and_runs_nothing_twice(
     assert table.splitlines()[-1] == f"| fedavg | {100 * shown:.1f} |"
     for module in (heterogeneity, attacks):
         monkeypatch.setattr(module, "play", lambda *_: pytest.fail("it was run again"))
-    assert run(main, *ONE_CELL, *options, *out) == table
+    assert run_main(main, *ONE_CELL, *options, *out) == table
 
 
 # --------------------------------------------------------------------------------------------------------- the attacks
@@ -161,12 +152,12 @@ def test_a_failed_run_keeps_the_rounds_that_it_finished() -> None:
     assert metrics["status"] == "failed" and 1 <= len(metrics["rounds"]) <= 2
 
 
-def test_the_attacks_are_drawn(run: Callable[..., str], tmp_path: Path) -> None:
+def test_the_attacks_are_drawn(run_main: Callable[..., str], tmp_path: Path) -> None:
     names = [f"{part}, {attack}, {strategy}, {seed}" for part in attacks.PARTITIONS for attack in attacks.ATTACKS
              for strategy in attacks.STRATEGIES for seed in range(2)]  # fmt: skip
     cells = {name: {"accuracies": [0.1, 0.2 + 0.02 * int(name[-1])], "status": "finished"} for name in names}
     save_cells(tmp_path / "cells.json", cells)
-    table = run(attacks.main, "--seeds", "2", "--out", str(tmp_path / "cells.json"))
+    table = run_main(attacks.main, "--seeds", "2", "--out", str(tmp_path / "cells.json"))
     assert table.count("| 21.0 ± 1.4") == len(attacks.PARTITIONS) * len(attacks.ATTACKS) * len(attacks.STRATEGIES)
     with Image.open(tmp_path / "cells.png") as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(10**6) or []}
