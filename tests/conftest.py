@@ -16,9 +16,10 @@ from unittest.mock import patch
 import psutil
 import pytest
 
-USUAL = os.environ.copy()  # the environment of commands, as a user has it
 if "PYTEST_XDIST_WORKER" in os.environ:  # which shares the cores with others: more threads would wait for one another
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "PJRT_NPROC"):
+        os.environ.setdefault(variable, "1")
+USUAL = os.environ.copy()  # the environment of commands
 with suppress(ImportError):
     import triton  # noqa: F401  (PyTorch does so at its first optimizer, and crashes if TensorFlow is loaded by then)
 

@@ -1,6 +1,5 @@
 """Scripts in other frameworks climb the equivalence ladder; Keras takes minutes, so this file is apart."""
 
-import os
 import subprocess
 import sys
 
@@ -8,9 +7,6 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.e2e.test_examples import needs
-
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1")  # or they
-# would wait for those of the tests beside them
 
 
 @pytest.mark.slow
@@ -30,7 +26,6 @@ def test_the_examples_climb_the_ladder(task: str, data: str, expected: str) -> N
     climb = subprocess.run(
         [sys.executable, "-m", "pytest", *ladder],
         cwd=ROOT,
-        env=os.environ | ONE_THREAD,
         capture_output=True,
         text=True,
         timeout=900,

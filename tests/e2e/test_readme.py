@@ -80,14 +80,8 @@ RUN_ELSEWHERE = {  # by .ci/run, which calls make with all of these; make demo r
 }  # fmt: skip
 
 
-SETTINGS = (
-    "rounds",
-    "strategies",
-    "teaching",
-    "topologies",
-    "compression",
-    "privacy",
-)  # pages of which the settings are played
+SETTINGS = ("run_config", "rounds", "strategies", "teaching", "topologies", "compression", "privacy")
+# pages of which the settings are played
 PLAYED = {
     command
     for page in SETTINGS
@@ -311,17 +305,6 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
     assert [sum(map(sum, held[split])) for split in ("train", "test")] == [10_000, 2_000]
     assert min(map(sum, held["train"])) < 700 and max(map(sum, held["train"])) > 1_000
     assert Image.open(checkout / "skewed" / "partitions.png").size > (500, 300)
-    put_in_its_usual_place(checkout / "DIR", terminals)
-    command = 'python server.py --simulate 4 --run-config "learning-rate=0.01 local-epochs=2 fraction-train=0.5"'
-    server = terminals.shell(command, checkout)
-    assert server.wait(400) == 0, server.text
-    run = metrics(checkout / "runs" / "federated")
-    assert [row["clients"] for row in run["rounds"]] == [None, 2, 2, 2]
-    assert run["config"]["learning-rate"] == 0.01 and run["config"]["local-epochs"] == 2
-    command = "python server.py --simulate 2 --run-config \"train-arguments='momentum=0.5 weight_decay=0.0'\""
-    server = terminals.shell(command, checkout)
-    assert server.wait(400) == 0, server.text
-    assert metrics(checkout / "runs" / "federated")["config"]["train-arguments"] == "momentum=0.5 weight_decay=0.0"
     assert "worst: client " in server.text
 
 
