@@ -26,6 +26,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -33,10 +34,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import load_cells, save_cells
-from harness import FOLDER, ROOT, LaunchError, free_port, programs, wait_for
-from watch import Watcher, slope
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.cells import load_cells, save_cells
+from benchmarks.harness import FOLDER, ROOT, LaunchError, free_port, programs, wait_for
+from benchmarks.watch import Watcher, slope
 from federation.launch.command import run_command
 
 Cells = dict[str, Any]

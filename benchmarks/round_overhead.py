@@ -12,10 +12,11 @@ Round 1, in which the server waits for its clients, is left out. Bound: ours tak
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 
-from harness import federate, run_app
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.harness import federate, run_app
 from federation.launch.command import run_command
 
 IDLE_APP = Path(__file__).resolve().parent / "idle_app"

@@ -19,10 +19,11 @@ import re
 import statistics
 import sys
 import time
+from pathlib import Path
 
-from harness import LaunchError, federate, programs, wait_for
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar
+from benchmarks.harness import LaunchError, federate, programs, wait_for
 from federation.launch.command import run_command
 
 CLIENTS = 2

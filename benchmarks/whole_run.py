@@ -13,12 +13,13 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 
-from harness import FOLDER, ROOT, LaunchError, free_port, programs, wait_for
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar
+from benchmarks.harness import FOLDER, ROOT, LaunchError, free_port, programs, wait_for
 from federation.launch.command import run_command
 
 CLIENTS = 2

@@ -90,17 +90,8 @@ def test_processes_make_the_model_of_one_and_end_when_their_command_is_killed(te
     options = shlex.split("--partitioner dirichlet --strategy scaffold --clients 3 --local-epochs 1 --data embedded")
 
     def command(processes: int, rounds: int) -> list[str]:
-        out = str(terminals.folder / str(processes))
-        return [
-            "benchmarks/niid_bench.py",
-            *options,
-            "--processes",
-            str(processes),
-            "--rounds",
-            str(rounds),
-            "--out",
-            out,
-        ]
+        given = {"processes": processes, "rounds": rounds, "out": terminals.folder / str(processes)}
+        return ["benchmarks/niid_bench.py", *options, *(f"--{name}={value}" for name, value in given.items())]
 
     for processes in (1, 2):
         status, output = terminals.run(*command(processes, 1))

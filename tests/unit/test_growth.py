@@ -14,16 +14,12 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from benchmarks import growth, watch, wide_mlp
 from federation.app import bundle, weights
 from federation.app.archive import write_archive
 from federation.app.replies import check_reply
 from federation.app.strategy import check_finite
 from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script that is run there
-import growth
-import watch
-import wide_mlp
 
 SIZE = 32_000_000  # bytes of the model
 VALUES = [
