@@ -10,7 +10,7 @@ own `train` and `test`, with the global model and with the samples of this clien
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from federation.app import client_privacy, hide_tensorflow, membership
+from federation.app import client_privacy, cores, hide_tensorflow, membership
 from federation.app.client_state import keep_state
 from federation.app.job import Job
 from federation.app.mods import explain, play_clients
@@ -20,7 +20,8 @@ from federation.app.upload import send_changes
 app = ClientApp(mods=[packed_replies, play_clients, explain, keep_state, send_changes, client_privacy.protect])
 app.query("join")(membership.join)
 app.query("leave")(membership.leave)
-hide_tensorflow.from_workers()  # here, because Flower imports this file before it starts them
+hide_tensorflow.from_workers()  # here, as Flower imports this file before it starts Ray
+cores.use_one_blas_thread()
 
 
 @app.train()

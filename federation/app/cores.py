@@ -29,6 +29,15 @@ def share_cores() -> None:
         torch.set_num_threads(threads)
 
 
+def use_one_blas_thread() -> None:
+    """Let NumPy's linear algebra use one thread, until `share_cores` has more for this process.
+
+    In a simulation, the ServerApp computes in a thread while Flower starts Ray in another. Ray forks, and OpenBLAS ends
+    its threads before each fork: a computation that uses them at that moment would wait for ever.
+    """
+    threadpool_limits(1, user_api="blas")
+
+
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
