@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from federation.app.config import defaults
+from federation.app.run_folder import METRICS, write_atomically
 
 
 def row(number: int, clients: int = 2) -> dict[str, Any]:
@@ -34,5 +35,6 @@ def write_run(folder: Path, rounds: int, status: str = "running", run: str = "5"
     if status == "finished":
         Image.new("RGBA", (30, 20), "red").save(folder / "curves.png")
         (folder / "final_model.pt").write_bytes(b"weights")
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    text = json.dumps(metrics)
+    write_atomically(folder / METRICS, lambda path: path.write_text(text))  # as a run does: it may be read just then
     return metrics
