@@ -31,7 +31,7 @@ test: install
 	$(TEST) -n 2
 
 test-slow: install
-	$(TEST) -n 5 -m slow --no-loadscope-reorder  # many of them mostly wait; the longest files come first
+	$(TEST) -n 4 -m slow --no-loadscope-reorder  # many of them mostly wait; the longest files come first
 
 lint: install
 	$(BIN)/ruff check .

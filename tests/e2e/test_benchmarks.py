@@ -77,8 +77,9 @@ def test_it_ends_with_its_result(
     cache = tmp_path_factory.getbasetemp() / "cache"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     ran = subprocess.run(
-        command, cwd=tmp_path, env=environment | {"XDG_CACHE_HOME": str(cache)}, capture_output=True, text=True
-    )
+        command, cwd=tmp_path, env=environment | {"XDG_CACHE_HOME": str(cache)}, capture_output=True, text=True,
+        start_new_session=True,  # or it would share with the tests what Linux gives to their session
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert re.search(result, ran.stdout), ran.stdout
     for path in tmp_path.glob("*.json"):

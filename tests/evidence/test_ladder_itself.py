@@ -87,7 +87,7 @@ def climbs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]
     write_own(folder)
     names = ["my_script", *SCRIPTS]
     command = [sys.executable, "-c", CLIMB, str(ROOT / "tests" / "evidence" / "test_ladder.py"), *names]
-    subprocess.run(command, cwd=folder, check=True, timeout=300)
+    subprocess.run(command, cwd=folder, check=True, timeout=600, start_new_session=True)  # a fair share of the cores
     return {name: outcomes(folder / f"{name}.xml") for name in names}
 
 
