@@ -16,8 +16,10 @@ from unittest.mock import patch
 import psutil
 import pytest
 
+from federation.app.cores import THREADS
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # which shares the cores with others: more threads would wait for one another
-    for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "PJRT_NPROC"):
+    for variable in THREADS:
         os.environ.setdefault(variable, "1")
 USUAL = os.environ.copy()  # the environment of commands
 with suppress(ImportError):
