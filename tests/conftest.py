@@ -21,6 +21,7 @@ from federation.app.cores import THREADS
 if "PYTEST_XDIST_WORKER" in os.environ:  # which shares the cores with others: more threads would wait for one another
     for variable in THREADS:
         os.environ.setdefault(variable, "1")
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # they take longer than what tests then compute
 USUAL = os.environ.copy()  # the environment of commands
 with suppress(ImportError):
     import triton  # noqa: F401  (PyTorch does so at its first optimizer, and crashes if TensorFlow is loaded by then)

@@ -1,6 +1,7 @@
 """A task: any module with Net, load_data, train and test. Loading one, and asking it for what a federation needs."""
 
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -134,6 +135,7 @@ def build_net(task: ModuleType, seed: int, classes: int = 0) -> Any:
     A Net that takes `classes` is given how many there are, where that is known. Raises ValueError where Net fails.
     """
     if keras := sys.modules.get("keras"):
+        _freeze(task)
         # Or the names of weights would count on, and memory grow: but a full collection takes its time
         keras.utils.clear_session(free_memory=any(value is keras for value in vars(task).values()))
     seed_generators(seed)
@@ -142,6 +144,12 @@ def build_net(task: ModuleType, seed: int, classes: int = 0) -> Any:
         return task.Net(**{name: value for name, value in given.items() if _takes(task.Net, name)})
     except Exception as error:
         raise ValueError(f"{task.__name__}.Net() failed: {one_line(error)}") from None
+
+
+@functools.cache
+def _freeze(task: ModuleType) -> None:
+    """Keep what is loaded so far out of each later collection, which would look through all of TensorFlow."""
+    gc.freeze()
 
 
 @functools.cache

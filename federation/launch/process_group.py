@@ -53,6 +53,8 @@ class ProcessGroup:
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # or to look for GPUs while modules are imported would spoil the fork
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # the default of TensorFlow, and JAX, is to take a whole GPU: that
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves nothing to a second client, or the server
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(home / "jax")),  # or the new
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # process of each message compiles again
         }  # fmt: skip
 
     def start(self, *command: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
