@@ -122,7 +122,7 @@ def shown(results: dict[str, Any]) -> str:
     """Return the table: a row for each noise multiplier, with means and standard deviations over the seeds."""
     columns = ["noise multiplier", "ε", "accuracy, test set", "accuracy, members", "advantage", "at most", "seeds"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for multiplier in MULTIPLIERS:
+    for multiplier in sorted({float(key.split()[0]) for key in results}):
         cells = [cell for key, cell in results.items() if key.startswith(f"{multiplier} ")]
         if cells:
             spread = [_spread([cell[name] for cell in cells]) for name in ("accuracy", "members", "advantage")]
@@ -151,13 +151,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", metavar="DIR")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
+    parser.add_argument("--multipliers", type=float, nargs="+", default=MULTIPLIERS, metavar="F", help="of the noise")
     parser.add_argument("--table", action="store_true", help="print what has been measured, and measure nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     saved, root = args.out / "privacy.json", find_data(args.data)
     results = load_cells(saved)
     for seed in range(0 if args.table else args.seeds):
-        for multiplier in MULTIPLIERS:
+        for multiplier in args.multipliers:
             if (key := f"{multiplier} {seed}") not in results:
                 results[key] = run(multiplier, seed, args.rounds, args.out / f"privacy-{multiplier}-{seed}", root)
                 save_cells(saved, results)

@@ -20,17 +20,16 @@ from benchmarks.harness import federate, run_app
 from federation.launch.command import run_command
 
 IDLE_APP = Path(__file__).resolve().parent / "idle_app"
-CLIENTS = 2
 BOUND = 0.3
 
 
-def ours(data: str, rounds: int) -> list[float]:
-    metrics, _ = federate("--data", data, "--rounds", str(rounds), clients=CLIENTS)
+def ours(data: str, rounds: int, clients: int) -> list[float]:
+    metrics, _ = federate("--data", data, "--rounds", str(rounds), clients=clients)
     return [row["seconds"] - row["client_seconds"] for row in metrics["rounds"] if row["round"] > 1]
 
 
-def idle(rounds: int) -> list[float]:
-    result, _ = run_app(IDLE_APP, {"num-server-rounds": rounds}, supernodes=CLIENTS)
+def idle(rounds: int, clients: int) -> list[float]:
+    result, _ = run_app(IDLE_APP, {"num-server-rounds": rounds, "num-clients": clients}, supernodes=clients)
     return result["seconds"][1:]
 
 
@@ -43,13 +42,14 @@ def command() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="embedded", metavar="DIR", help="as in cifar.py (default: embedded)")
     parser.add_argument("--rounds", type=int, default=4, metavar="R")
+    parser.add_argument("--clients", type=int, default=2, metavar="N")
     parser.add_argument("--repeats", type=int, default=1, metavar="N")
     args = parser.parse_args()
     own, other = [], []
     for _ in range(args.repeats):
-        own += ours(args.data, args.rounds)
+        own += ours(args.data, args.rounds, args.clients)
         show("ours", own)
-        other += idle(args.rounds)
+        other += idle(args.rounds, args.clients)
         show("idle", other)
     ratio = statistics.median(own) / statistics.median(other)
     print(f"ours / idle: {ratio:.2f} (bound: at most {BOUND})")

@@ -39,6 +39,8 @@ def main(grid: Grid, context: Context) -> None:
     def after_round(server_round: int, arrays: ArrayRecord) -> None:
         ends.append(time.perf_counter())
 
-    FedAvg().start(grid, arrays, num_rounds=int(context.run_config["num-server-rounds"]), evaluate_fn=after_round)
+    rounds, clients = (int(context.run_config[key]) for key in ("num-server-rounds", "num-clients"))
+    strategy = FedAvg(min_train_nodes=clients, min_evaluate_nodes=clients, min_available_nodes=clients)
+    strategy.start(grid, arrays, num_rounds=rounds, evaluate_fn=after_round)
     seconds = [end - start for start, end in pairwise(ends)]
     print(f"result {json.dumps({'seconds': seconds})}", flush=True)

@@ -34,8 +34,8 @@ COMMANDS = {  # each with what its output must have; {data} is a folder of a few
         r"\| iid \| fedavg \| 1 \| \d",
     ),
     "pfl_cifar": ("--smoke --out {out}/p.json", r"\| this project \| 2 \| \d"),
-    "privacy": ("--data embedded --seeds 1 --rounds 1 --out {out}", r"\| none \| - \| 0\.\d"),
-    "round_overhead": ("--data {data} --rounds 2", r"ours / idle: 0\.\d"),
+    "privacy": ("--data embedded --seeds 1 --rounds 1 --multipliers 0 2 --out {out}", r"\| none \| - \| 0\.\d"),
+    "round_overhead": ("--data {data} --rounds 2 --clients 1", r"ours / idle: 0\.\d"),
     "rounds": (f"{SHORT} --row 'one epoch a round' --out {{out}}/r.json", r"\| one epoch a round \| \d"),
     "seconds": ("--help", "usage"),  # on Flower's engine without this project's, it takes minutes
     "side_by_side": ("--data {data}", r"federated +\d"),

@@ -43,47 +43,46 @@ def own_folder(module_terminals: Terminals) -> Path:
     return folder
 
 
-SLOW = "examples.mnist_jax"  # JAX compiles anew for every message
-
-
 class Runs(dict[str, SimpleNamespace]):
-    """A federation of each script, when it is asked for; all but the slow one at once, since mostly they wait."""
+    """A federation of each script, when it is asked for, with one client or two."""
 
-    def __init__(self, start: Callable[[bool], dict[str, SimpleNamespace]]) -> None:
+    def __init__(self, play: Callable[[str], SimpleNamespace]) -> None:
         super().__init__()
-        self.start = start
+        self.play = play
 
     def __missing__(self, task: str) -> SimpleNamespace:
-        self |= self.start(task == SLOW)
+        self[task] = self.play(task)
         return self[task]
 
 
 @pytest.fixture(scope="module")
 def runs(module_terminals: Terminals, own_folder: Path) -> Runs:
-    """Federations of the scripts, with one client or two."""
-    return Runs(lambda slow: play(module_terminals, own_folder, slow))
-
-
-def play(module_terminals: Terminals, own_folder: Path, slow: bool) -> dict[str, SimpleNamespace]:
-    plain = {"PWD": str(own_folder.parent)}
+    plain, embedded = {"PWD": str(own_folder.parent)}, ("--data", "embedded", "--rounds", "2")
     no_torch = plain | {"PYTHONPATH": str(own_folder.parent / "no_torch")}
     elsewhere = own_folder.parent / "elsewhere"
-    sites = [({"PWD": str(own_folder)}, ()), ({"PWD": str(elsewhere)}, ("--data", str(elsewhere / "data")))]
-    started = {}
-    embedded = ("--data", "embedded", "--rounds", "2")
-    for task, framework, environment, options, clients in (
-        ("examples.mnist_jax", "jax", no_torch, embedded, [(no_torch, ())]),
-        ("examples.cifar_keras", "keras", plain, embedded, [(plain, ())]),
-        ("my_script", "torch", sites[0][0], ("--rounds", "1"), sites),
-    ):
-        if importlib.util.find_spec(framework) and slow == (task == SLOW):
-            address, out = f"127.0.0.1:{free_port()}", own_folder.parent / task
-            command = ("--task", task, "--clients", str(len(clients)), "--address", address)
-            server = module_terminals.open("server.py", *command, "--out", str(out), *options, **environment)
-            client = ("client.py", "--server", address, "--threads", "1")  # whoever else runs: one more, another sum
-            joined = [module_terminals.open(*client, *own, **where) for where, own in clients]
-            started[task] = out, server, joined
-    return {task: outcome(*these) for task, these in started.items()}
+    sites: list[Site] = [
+        ({"PWD": str(own_folder)}, ()), ({"PWD": str(elsewhere)}, ("--data", str(elsewhere / "data")))
+    ]  # fmt: skip
+    settings: dict[str, tuple[tuple[str, ...], dict[str, str], list[Site]]] = {
+        "examples.mnist_jax": (embedded, no_torch, [(no_torch, ())]),
+        "examples.cifar_keras": (embedded, plain, [(plain, ())]),
+        "my_script": (("--rounds", "1"), sites[0][0], sites),
+    }
+    return Runs(lambda task: play(module_terminals, task, own_folder.parent / task, *settings[task]))
+
+
+Site = tuple[dict[str, str], tuple[str, ...]]  # the environment of a client, and its options
+
+
+def play(
+    terminals: Terminals, task: str, out: Path, options: tuple[str, ...], environment: dict[str, str], sites: list[Site]
+) -> SimpleNamespace:
+    """Federate a task across terminals, with a client for each of the sites."""
+    address = f"127.0.0.1:{free_port()}"
+    command = ("--task", task, "--clients", str(len(sites)), "--address", address, "--out", str(out), *options)
+    server = terminals.open("server.py", *command, **environment)
+    client = ("client.py", "--server", address, "--threads", "1")  # whoever else runs: one more, another sum
+    return outcome(out, server, [terminals.open(*client, *own, **where) for where, own in sites])
 
 
 def outcome(out: Path, server: Terminal, clients: list[Terminal]) -> SimpleNamespace:
@@ -102,7 +101,7 @@ def digest(values: dict[str, Any]) -> str:
     ("task", "clients", "samples"),
     [
         pytest.param("examples.mnist_jax", 1, (6000, 1000), marks=[needs("jax"), pytest.mark.slow]),
-        pytest.param("examples.cifar_keras", 1, (10_000, 2000), marks=needs("keras")),
+        pytest.param("examples.cifar_keras", 1, (10_000, 2000), marks=[needs("keras"), pytest.mark.slow]),
         ("my_script", 2, (200, 100)),
     ],
 )
@@ -137,6 +136,7 @@ def test_flax_ends_with_an_npz_that_the_script_loads(runs: Runs) -> None:
     assert set(run.metrics["versions"]) == {"python", "flwr", "jax", "flax", "optax"}, "and no torch"
 
 
+@pytest.mark.slow
 @needs("keras")
 def test_keras_ends_with_a_model_that_keras_loads(runs: Runs) -> None:
     import keras

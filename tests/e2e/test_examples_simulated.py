@@ -46,9 +46,12 @@ def need(name: str) -> Example:
     return example
 
 
+ONE_NODE = ("--federation-config", "num-supernodes=1")  # plays both clients: to import what an example needs takes long
+
+
 def simulate(terminals: Terminals, name: str, out: str, *options: str) -> SimpleNamespace:
     folder = terminals.folder / out
-    line = ("--task", f"examples.{name}", "--simulate", "2", "--rounds", "2", "--out", str(folder), *options)
+    line = ("--task", f"examples.{name}", "--simulate", "2", "--rounds", "2", "--out", str(folder), *ONE_NODE, *options)
     status, text = terminals.run("server.py", *line)
     assert status == 0, text
     return SimpleNamespace(text=text, folder=folder, metrics=json.loads((folder / "metrics.json").read_text()))
@@ -142,7 +145,7 @@ def test_ctrl_c_in_the_midst_of_lightnings_own_loop_leaves_nothing(terminals: Te
     need("digits_lightning")
     training = terminals.folder / "training"
     (terminals.folder / "long_task.py").write_text(LONG.format(path=str(training)))
-    options = ("--task", "long_task", "--simulate", "2", "--run-config", "local-epochs=100000")
+    options = ("--task", "long_task", "--simulate", "2", "--run-config", "local-epochs=100000", *ONE_NODE)
     server = terminals.open("server.py", *options)
     eventually(lambda: training.exists() or server.process.poll() is not None, 240)
     assert training.exists(), server.text
