@@ -173,6 +173,13 @@ def test_a_certificate_that_fails_is_explained(
     assert str(error.value) == f"the server at 127.0.0.1:{server[1]} {reason}"
 
 
+def test_without_tls_no_certificates_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 50 ms, and a client that waits for its server asks five times a second."""
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: pytest.fail("certificates are loaded"))
+    with listener(OK) as server:
+        assert is_up(server)
+
+
 @pytest.mark.parametrize("answer", [OK, b""], ids=["a server", "hangs up"])
 def test_tls_where_none_was_asked_for_is_explained(answer: bytes, tmp_path: Path) -> None:
     with listener(answer, made(tmp_path, "127.0.0.1")) as server, pytest.raises(LaunchError) as error:
