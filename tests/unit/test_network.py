@@ -175,8 +175,8 @@ def test_a_certificate_that_fails_is_explained(
 
 def test_without_tls_no_certificates_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes 50 ms, and a client that waits for its server asks five times a second."""
-    monkeypatch.setattr(ssl, "create_default_context", lambda **_: pytest.fail("certificates are loaded"))
     with listener(OK) as server:
+        monkeypatch.setattr(ssl, "create_default_context", lambda **_: pytest.fail("certificates are loaded"))
         assert is_up(server)
 
 
