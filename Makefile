@@ -9,6 +9,7 @@ OPTIONS := $(if $(DATA),--data $(DATA))
 
 EXTRAS ?= dev
 TEST := $(BIN)/pytest --dist loadfile --durations 20
+SLOW = $(shell grep -rl --include='test_*.py' 'mark\.slow' tests | sort)  # to import the others takes each worker seconds
 
 .PHONY: demo test test-slow lint docs dist install
 
@@ -31,7 +32,7 @@ test: install
 	$(TEST) -n 2
 
 test-slow: install
-	$(TEST) -n 4 -m slow --no-loadscope-reorder  # many of them mostly wait; the longest files come first
+	$(TEST) -n 4 -m slow --no-loadscope-reorder $(SLOW)  # many of them mostly wait
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,19 +4,16 @@ import argparse
 import json
 import re
 import shlex
-import shutil
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
-from PIL import Image
 
 import server
 from federation.app.config import parse
-from federation.launch.network import free_port
-from tests.conftest import ROOT, Terminals, eventually
+from tests.conftest import ROOT, Terminals
+from tests.e2e.typed import metrics, put_in_its_usual_place
 from tests.in_memory import InMemoryGrid
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -138,7 +135,9 @@ def test_make_demo_runs_the_three_commands_of_the_readme() -> None:
 
 
 def test_every_command_is_run_by_a_test() -> None:
-    source = Path(__file__).read_text().replace('\\"', '"')  # as the shell is to see it
+    source = "".join(path.read_text() for path in Path(__file__).parent.glob("test_readme*.py")).replace(
+        '\\"', '"'
+    )  # as the shell is to see it
     for command in COMMANDS - RUN_ELSEWHERE - PLAYED:
         assert f"'{command}'" in source or f'"{command}"' in source, f"no test runs: {command}"
 
@@ -181,25 +180,6 @@ def test_the_tutorial_runs(terminals: Terminals, checkout: Path) -> None:
     assert f"{last:.4f}" in skewed and f"accuracy {last:.4f} on 2,000 samples" in used, used
 
 
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-@pytest.fixture
-def checkout(terminals: Terminals) -> Path:
-    """A copy of the project, with a folder of images DIR in it."""
-    folder = terminals.folder / "checkout"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
-    random = np.random.default_rng(0)
-    for split, samples in (("train", 20), ("test", 10)):
-        for label in range(10):
-            (folder / "DIR" / split / str(label)).mkdir(parents=True)
-            for i in range(samples):
-                pixels = random.integers(0, 25, (32, 32, 3), np.uint8) + np.uint8(23 * label)
-                Image.fromarray(pixels).save(folder / "DIR" / split / str(label) / f"{i}.png")
-    return folder
-
-
 def played() -> argparse.ArgumentParser:
     """Return what reads the commands that are played. The data are those of DIR, whichever the command names."""
     parser = argparse.ArgumentParser()
@@ -223,11 +203,6 @@ def test_settings_are_played(command: str, checkout: Path, monkeypatch: pytest.M
     grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
     server.main(grid, Context(1, 0, {}, RecordDict(), config))
     assert metrics(checkout / "out")["status"] == "finished"
-
-
-def put_in_its_usual_place(data: Path, terminals: Terminals) -> None:
-    """Let a folder of images be found without --data: fewer than the embedded ones, where these take longer."""
-    shutil.copytree(data, Path(terminals.environment["XDG_CACHE_HOME"]) / "cifar10", dirs_exist_ok=True)
 
 
 @pytest.mark.slow
@@ -281,122 +256,3 @@ def use_the_model(terminals: Terminals, checkout: Path, accuracy: float) -> None
     export = terminals.shell("python -m federation.export --to model.onnx", checkout)
     assert export.wait() == 0 and "onnxruntime on 64 samples: outputs differ by up to" in export.text, export.text
     assert (checkout / "model.onnx").stat().st_size > 4 * 62_006
-
-
-@pytest.mark.slow
-def test_simulations(terminals: Terminals, checkout: Path) -> None:
-    server = terminals.shell("python server.py --simulate 10", checkout)
-    assert server.wait(400) == 0, server.text
-    assert "simulating 10 clients on " in server.text
-    simulated = metrics(checkout / "runs" / "federated")
-    assert [row["clients"] for row in simulated["rounds"]] == [None, 10, 10, 10]
-    server = terminals.shell("python server.py --clients 10 --out terminals", checkout)
-    clients = [terminals.shell("python client.py --clients 5", checkout) for _ in range(2)]
-    assert server.wait(400) == 0, server.text
-    assert [client.wait(30) for client in clients] == [0, 0]
-    assert server.text.count("5 clients joined from ") == 2
-    played = metrics(checkout / "terminals")
-    assert played["final_weights_sha256"] == simulated["final_weights_sha256"]
-    assert [row["bytes_up"] for row in played["rounds"]] == [row["bytes_up"] for row in simulated["rounds"]]
-    command = "python server.py --simulate 10 --run-config \"partitioner='dirichlet' alpha=0.1\""
-    server = terminals.shell(f"{command} --rounds 1 --out skewed", checkout)
-    assert server.wait(400) == 0, server.text
-    held = metrics(checkout / "skewed")["partitions"]
-    assert [sum(map(sum, held[split])) for split in ("train", "test")] == [10_000, 2_000]
-    assert min(map(sum, held["train"])) < 700 and max(map(sum, held["train"])) > 1_000
-    assert Image.open(checkout / "skewed" / "partitions.png").size > (500, 300)
-    assert "worst: client " in server.text
-
-
-@pytest.mark.slow
-def test_topologies_and_uploads(terminals: Terminals, checkout: Path) -> None:
-    put_in_its_usual_place(checkout / "DIR", terminals)
-    server = terminals.shell("python server.py --simulate 4 --run-config \"topology='ring'\"", checkout)
-    assert server.wait(400) == 0, server.text
-    ring = metrics(checkout / "runs" / "federated")["rounds"]
-    assert "consensus" in server.text and all(row["consensus"] > 0 for row in ring[1:])
-    command = "python server.py --simulate 4 --run-config \"upload='delta' compression='int8'\""
-    server = terminals.shell(command, checkout)
-    assert server.wait(400) == 0, server.text
-    small = metrics(checkout / "runs" / "federated")["rounds"]
-    assert 0.2 < small[1]["bytes_up"] / ring[1]["bytes_up"] < 0.3 and "consensus" not in small[1]
-
-
-@pytest.mark.slow
-def test_privacy(terminals: Terminals, checkout: Path) -> None:
-    pytest.importorskip("dp_accounting")
-    put_in_its_usual_place(checkout / "DIR", terminals)
-    command = "python server.py --simulate 10 --run-config \"dp='server-fixed' dp-noise-multiplier=2.0 dp-target-epsilon=3.5\""  # noqa: E501
-    server = terminals.shell(command, checkout)
-    assert server.wait(400) == 0, server.text
-    run = metrics(checkout / "runs" / "federated")
-    assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 10, 10]
-    assert run["rounds"][2]["epsilon"] < 3.5 < run["rounds"][2]["epsilon_next"]
-    assert "ended after round 2: another one could spend epsilon" in server.text
-
-
-@pytest.mark.slow
-def test_the_ladder_takes_any_task(terminals: Terminals, checkout: Path) -> None:
-    command = "python -m pytest tests/evidence/test_ladder.py --task benchmarks.niid_task --data embedded -rs"
-    ladder = terminals.shell(command, checkout)
-    assert ladder.wait(400) == 0, ladder.text
-    assert "it draws random numbers" in ladder.text, "the reason of what is skipped"
-
-
-@pytest.mark.slow
-def test_other_frameworks(terminals: Terminals, checkout: Path) -> None:
-    check = terminals.shell("python -m federation.check cifar", checkout)
-    assert check.wait() == 0 and "cifar can be federated" in check.text
-    pytest.importorskip("jax")
-    alone = terminals.shell("python examples/mnist_jax.py", checkout)
-    assert alone.wait(400) == 0 and "EMBEDDED" in alone.text, alone.text
-    server = terminals.shell("python server.py --task examples.mnist_jax --simulate 2", checkout)
-    assert server.wait(400) == 0, server.text
-    run = metrics(checkout / "runs" / "federated")
-    assert run["task"] == "examples.mnist_jax" and [row["clients"] for row in run["rounds"]] == [None, 2, 2, 2]
-
-
-@pytest.mark.slow
-def test_keras(terminals: Terminals, checkout: Path) -> None:
-    pytest.importorskip("keras")
-    alone = terminals.shell("python examples/cifar_keras.py", checkout)
-    assert alone.wait(400) == 0 and "EMBEDDED" in alone.text, alone.text
-    put_in_its_usual_place(checkout / "DIR", terminals)
-    elsewhere = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_TELEMETRY_ENABLED": "0"}
-    command = """flwr run . --run-config "task='examples.cifar_keras' num-clients=10 fraction-train=0.5" --federation-config "num-supernodes=10 client-resources-num-cpus=1" --stream"""  # noqa: E501
-    flwr = terminals.shell(f"export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 && {command}", checkout, **elsewhere)
-    assert flwr.wait(600) == 0, flwr.text
-    run = metrics(terminals.folder / "home" / "runs" / "federated")
-    assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 5, 5, 5]
-
-
-@pytest.mark.slow
-def test_flwr_run(terminals: Terminals, checkout: Path) -> None:
-    """All of them on one SuperLink, which the first starts and leaves behind: Flower's way, and ours to clean up."""
-    elsewhere = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_TELEMETRY_ENABLED": "0"}
-    results = terminals.folder / "home" / "runs" / "federated"
-    put_in_its_usual_place(checkout / "DIR", terminals)
-    larger = 'flwr run . --stream --run-config "num-server-rounds=5 batch-size=16" --federation-config "num-supernodes=10 client-resources-num-cpus=1"'  # noqa: E501
-    for command, rounds, batch_size, clients in (("flwr run . --stream", 3, 32, 2), (larger, 5, 16, 10)):
-        export = "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"
-        flwr = terminals.shell(f"{export} && {command}", checkout, **elsewhere)
-        assert flwr.wait(400) == 0, flwr.text
-        assert f"in {results}" in flwr.text, flwr.text
-        run = metrics(results)
-        assert run["status"] == "finished" and run["config"]["batch-size"] == batch_size
-        assert [row["clients"] for row in run["rounds"]] == [None] + [clients] * rounds
-    bad = terminals.shell(f'{export} && flwr run . --stream --run-config "num-server-rounds=0"', checkout, **elsewhere)
-    bad.wait()
-    assert "num-server-rounds=0 is out of range" in bad.text
-    see_and_stop_the_superlink(terminals, checkout, elsewhere)
-
-
-def see_and_stop_the_superlink(terminals: Terminals, checkout: Path, elsewhere: dict[str, str]) -> None:
-    port = elsewhere["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
-    is_up = "curl -fs http://127.0.0.1:39091/health".replace("39091", port)
-    assert terminals.shell(is_up, checkout).wait() == 0
-    runs = terminals.shell("flwr list local", checkout, **elsewhere, COLUMNS="200")  # or the table breaks words
-    assert runs.wait() == 0 and "finished" in runs.text, runs.text
-    stop = "kill $(lsof -t -iTCP:39091 -sTCP:LISTEN)".replace("39091", port)
-    assert terminals.shell(stop, checkout).wait() == 0
-    eventually(lambda: terminals.shell(is_up, checkout).wait() != 0, 30)
