@@ -1,6 +1,6 @@
 """Measure the overhead of a round in terminals: the time beyond the clients' own work.
 
-    python benchmarks/round_overhead.py [--data DIR] [--rounds 4] [--repeats 1]
+    python benchmarks/round_overhead.py [--data DIR] [--rounds 4] [--clients 2] [--repeats 1]
 
 - ours: `python server.py` and `python client.py` twice. The overhead is the time of a round minus the work of its
   slowest client, which starts when the client has imported its modules; the server's own test is overhead;

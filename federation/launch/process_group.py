@@ -37,7 +37,11 @@ class ProcessGroup:
         self.processes: list[subprocess.Popen[str]] = []
         self.log = log
         self.log.write("" if warm_starts else "Flower's commands start in the usual way: nothing is forked here\n")
-        self.environment = os.environ | environment | {
+        defaults = {
+            "JAX_COMPILATION_CACHE_DIR": str(home / "jax"),  # or the process of each message would compile again
+            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
+        self.environment = defaults | os.environ | environment | {
             MARK: home.name,
             "PATH": os.pathsep.join([str(home / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
             "PYTHONUNBUFFERED": "1",
@@ -53,8 +57,6 @@ class ProcessGroup:
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # or to look for GPUs while modules are imported would spoil the fork
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # the default of TensorFlow, and JAX, is to take a whole GPU: that
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # leaves nothing to a second client, or the server
-            "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(home / "jax")),  # or the new
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # process of each message compiles again
         }  # fmt: skip
 
     def start(self, *command: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
