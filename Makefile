@@ -9,7 +9,8 @@ OPTIONS := $(if $(DATA),--data $(DATA))
 
 EXTRAS ?= dev
 TEST := $(BIN)/pytest --dist loadfile --durations 20
-SLOW = $(shell grep -rl --include='test_*.py' 'mark\.slow' tests | sort)  # to import the others takes each worker seconds
+# Only these files, since to import the others takes each worker seconds; the one that takes longest comes first.
+SLOW = tests/e2e/test_readme_simulated.py $(shell grep -rl --include='test_*.py' 'mark\.slow' tests | sort)
 
 .PHONY: demo test test-slow lint docs dist install
 
