@@ -24,6 +24,7 @@ from federation.launch.network import free_port
 from tests.conftest import ROOT, Terminal, Terminals
 from tests.tasks import write_own
 
+Site = tuple[dict[str, str], tuple[str, ...]]  # the environment of a client, and its options
 NO_TORCH = "raise ImportError('there is no torch here')\n"
 
 
@@ -69,9 +70,6 @@ def runs(module_terminals: Terminals, own_folder: Path) -> Runs:
         "my_script": (("--rounds", "1"), sites[0][0], sites),
     }
     return Runs(lambda task: play(module_terminals, task, own_folder.parent / task, *settings[task]))
-
-
-Site = tuple[dict[str, str], tuple[str, ...]]  # the environment of a client, and its options
 
 
 def play(
