@@ -4,6 +4,7 @@ Two are in examples/. The third is as a user's own: in a folder of its own, with
 beside it, and with what is easily lost on the way: batch statistics, groups of parameters, tensors out of line.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ from federation.launch.network import free_port
 from tests.conftest import ROOT, Terminal, Terminals
 from tests.tasks import write_own
 
+Runs = Callable[[str], SimpleNamespace]  # a task's name to its run
 Site = tuple[dict[str, str], tuple[str, ...]]  # the environment of a client, and its options
 NO_TORCH = "raise ImportError('there is no torch here')\n"
 
@@ -44,20 +46,9 @@ def own_folder(module_terminals: Terminals) -> Path:
     return folder
 
 
-class Runs(dict[str, SimpleNamespace]):
-    """A federation of each script, when it is asked for, with one client or two."""
-
-    def __init__(self, play: Callable[[str], SimpleNamespace]) -> None:
-        super().__init__()
-        self.play = play
-
-    def __missing__(self, task: str) -> SimpleNamespace:
-        self[task] = self.play(task)
-        return self[task]
-
-
 @pytest.fixture(scope="module")
 def runs(module_terminals: Terminals, own_folder: Path) -> Runs:
+    """Federate a script when it is first asked for, with one client or two."""
     plain, embedded = {"PWD": str(own_folder.parent)}, ("--data", "embedded", "--rounds", "2")
     no_torch = plain | {"PYTHONPATH": str(own_folder.parent / "no_torch")}
     elsewhere = own_folder.parent / "elsewhere"
@@ -69,7 +60,7 @@ def runs(module_terminals: Terminals, own_folder: Path) -> Runs:
         "examples.cifar_keras": (embedded, plain, [(plain, ())]),
         "my_script": (("--rounds", "1"), sites[0][0], sites),
     }
-    return Runs(lambda task: play(module_terminals, task, own_folder.parent / task, *settings[task]))
+    return functools.cache(lambda task: play(module_terminals, task, own_folder.parent / task, *settings[task]))
 
 
 def play(
@@ -104,7 +95,7 @@ def digest(values: dict[str, Any]) -> str:
     ],
 )
 def test_clients_train_it_and_the_server_agrees(runs: Runs, task: str, clients: int, samples: tuple[int, int]) -> None:
-    metrics = runs[task].metrics
+    metrics = runs(task).metrics
     assert metrics["task"] == task and metrics["status"] == "finished"
     assert (metrics["dataset"]["train"], metrics["dataset"]["test"]) == samples
     before, *_, after = metrics["rounds"]
@@ -115,7 +106,7 @@ def test_clients_train_it_and_the_server_agrees(runs: Runs, task: str, clients: 
     assert after["clients_loss"] == pytest.approx(after["server_loss"], rel=1e-4)
     assert after["server_loss"] < before["server_loss"]
     messages = clients * (len(metrics["rounds"]) - 1)
-    assert runs[task].text.count("trained on") == runs[task].text.count("tested on") == messages
+    assert runs(task).text.count("trained on") == runs(task).text.count("tested on") == messages
 
 
 @pytest.mark.slow
@@ -123,7 +114,7 @@ def test_clients_train_it_and_the_server_agrees(runs: Runs, task: str, clients: 
 def test_flax_ends_with_an_npz_that_the_script_loads(runs: Runs) -> None:
     from examples import mnist_jax
 
-    run = runs["examples.mnist_jax"]
+    run = runs("examples.mnist_jax")
     net = mnist_jax.load(run.out / "final_model.npz")
     last = run.metrics["rounds"][-1]
     assert mnist_jax.test(net, mnist_jax.load_data("embedded")[1]) == pytest.approx(
@@ -141,7 +132,7 @@ def test_keras_ends_with_a_model_that_keras_loads(runs: Runs) -> None:
 
     from examples import cifar_keras
 
-    run = runs["examples.cifar_keras"]
+    run = runs("examples.cifar_keras")
     net = keras.saving.load_model(run.out / "final_model.keras")
     last = run.metrics["rounds"][-1]
     assert cifar_keras.test(net, cifar_keras.load_data("embedded")[1]) == pytest.approx(
@@ -154,7 +145,7 @@ def test_keras_ends_with_a_model_that_keras_loads(runs: Runs) -> None:
 def test_a_script_of_ones_own_ends_with_its_state_dict(runs: Runs) -> None:
     import torch
 
-    run = runs["my_script"]
+    run = runs("my_script")
     state = torch.load(run.out / "final_model.pt", weights_only=True)
     assert digest({name: tensor.numpy() for name, tensor in state.items()}) == run.metrics["final_weights_sha256"]
     assert state["norm.num_batches_tracked"] == 4 and state["norm.num_batches_tracked"].dtype == torch.int64
@@ -187,11 +178,11 @@ def test_a_run_that_is_resumed_in_a_simulation_ends_with_the_same_weights(
 ) -> None:
     """Of the two rounds across terminals, the second is played again."""
     out = module_terminals.folder / f"resumed-{task}"
-    shutil.copytree(runs[task].out, out)
+    shutil.copytree(runs(task).out, out)
     (out / "checkpoint-2.npz").unlink()
     status, text = module_terminals.run("server.py", "--simulate", "1", "--resume", "--rounds", "2", "--out", str(out))
     assert status == 0, text
-    resumed, played = json.loads((out / "metrics.json").read_text()), runs[task].metrics
+    resumed, played = json.loads((out / "metrics.json").read_text()), runs(task).metrics
     assert resumed["rounds"][:2] == played["rounds"][:2] and len(resumed["rounds"]) == 3
     assert resumed["rounds"][2]["seconds"] != played["rounds"][2]["seconds"], "it was played again"
     assert resumed["final_weights_sha256"] == played["final_weights_sha256"]
