@@ -13,8 +13,9 @@ from flwr.app import Context, RecordDict
 import server
 from federation.app.config import parse
 from tests.conftest import ROOT, Terminals
-from tests.e2e.typed import metrics, put_in_its_usual_place
+from tests.e2e.typed import put_in_its_usual_place
 from tests.in_memory import InMemoryGrid
+from tests.processes import metrics_of
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 COMMANDS = {
@@ -174,9 +175,9 @@ def test_the_tutorial_runs(terminals: Terminals, checkout: Path) -> None:
     assert pictures == [0, 0, 1, 1, 1]
     assert "saved runs/centralized/model.pt" in alone
     assert "exit status of the clients: [0, 0]" in federated, federated
-    accuracies = [row["server_accuracy"] for row in metrics(checkout / "runs" / "tutorial")["rounds"]]
+    accuracies = [row["server_accuracy"] for row in metrics_of(checkout / "runs" / "tutorial")["rounds"]]
     assert re.findall(r"accuracy ([\d.]+),", written) == [f"{accuracy:.4f}" for accuracy in accuracies]
-    last = metrics(checkout / "runs" / "tutorial-skew")["rounds"][-1]["server_accuracy"]
+    last = metrics_of(checkout / "runs" / "tutorial-skew")["rounds"][-1]["server_accuracy"]
     assert f"{last:.4f}" in skewed and f"accuracy {last:.4f} on 2,000 samples" in used, used
 
 
@@ -202,7 +203,7 @@ def test_settings_are_played(command: str, checkout: Path, monkeypatch: pytest.M
     config |= {"task": given.task, "min-partition-size": 1} | parse(given.run_config) | {"num-server-rounds": 2}
     grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
     server.main(grid, Context(1, 0, {}, RecordDict(), config))
-    assert metrics(checkout / "out")["status"] == "finished"
+    assert metrics_of(checkout / "out")["status"] == "finished"
 
 
 @pytest.mark.slow
@@ -214,7 +215,7 @@ def test_more_clients_and_rounds(terminals: Terminals, checkout: Path) -> None:
     assert server.wait(400) == 0, server.text
     assert [client.wait(30) for client in clients] == [0, 0, 0]
     assert "200 samples of its own: it was started with --own-data" in server.text
-    assert [row["clients"] for row in metrics(checkout / "runs" / "federated")["rounds"]] == [None, 3, 3]
+    assert [row["clients"] for row in metrics_of(checkout / "runs" / "federated")["rounds"]] == [None, 3, 3]
 
 
 @pytest.mark.slow
@@ -226,7 +227,7 @@ def test_own_images_on_several_machines(terminals: Terminals, checkout: Path) ->
     clients = [terminals.shell(command.replace("berlin", name), checkout) for name in ("berlin", "paris")]
     assert server.wait(400) == 0, server.text
     assert [client.wait(30) for client in clients] == [0, 0]
-    assert metrics(checkout / "runs" / "federated")["dataset"] == {
+    assert metrics_of(checkout / "runs" / "federated")["dataset"] == {
         "name": str(checkout / "DIR"), "train": 200, "test": 100,
     }  # fmt: skip
     assert "100 samples of 200" in server.text
@@ -238,12 +239,12 @@ def test_own_images_centralized_and_simulated(terminals: Terminals, checkout: Pa
     assert centralized.wait() == 0 and "200 training and 100 test images" in centralized.text
     server = terminals.shell("python server.py --data DIR" + " --simulate 2", checkout)
     assert server.wait() == 0, server.text
-    begun = metrics(checkout / "runs" / "federated")["rounds"]
+    begun = metrics_of(checkout / "runs" / "federated")["rounds"]
     server = terminals.shell("python server.py --resume --rounds 4", checkout)
     clients = [terminals.shell("python client.py", checkout) for _ in range(2)]
     assert server.wait(400) == 0, server.text
     assert [client.wait(30) for client in clients] == [0, 0]
-    rounds = metrics(checkout / "runs" / "federated")["rounds"]
+    rounds = metrics_of(checkout / "runs" / "federated")["rounds"]
     assert rounds[:4] == begun and [row["clients"] for row in rounds] == [None] + [2] * 4
     use_the_model(terminals, checkout, rounds[-1]["server_accuracy"])
 

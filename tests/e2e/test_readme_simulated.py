@@ -7,7 +7,8 @@ from PIL import Image
 
 from federation.launch.network import free_port
 from tests.conftest import Terminals, eventually
-from tests.e2e.typed import metrics, put_in_its_usual_place
+from tests.e2e.typed import put_in_its_usual_place
+from tests.processes import metrics_of
 
 
 @pytest.mark.slow
@@ -15,20 +16,20 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
     server = terminals.shell("python server.py --simulate 10", checkout)
     assert server.wait(400) == 0, server.text
     assert "simulating 10 clients on " in server.text
-    simulated = metrics(checkout / "runs" / "federated")
+    simulated = metrics_of(checkout / "runs" / "federated")
     assert [row["clients"] for row in simulated["rounds"]] == [None, 10, 10, 10]
     server = terminals.shell("python server.py --clients 10 --out terminals", checkout)
     clients = [terminals.shell("python client.py --clients 5", checkout) for _ in range(2)]
     assert server.wait(400) == 0, server.text
     assert [client.wait(30) for client in clients] == [0, 0]
     assert server.text.count("5 clients joined from ") == 2
-    played = metrics(checkout / "terminals")
+    played = metrics_of(checkout / "terminals")
     assert played["final_weights_sha256"] == simulated["final_weights_sha256"]
     assert [row["bytes_up"] for row in played["rounds"]] == [row["bytes_up"] for row in simulated["rounds"]]
     command = "python server.py --simulate 10 --run-config \"partitioner='dirichlet' alpha=0.1\""
     server = terminals.shell(f"{command} --rounds 1 --out skewed", checkout)
     assert server.wait(400) == 0, server.text
-    held = metrics(checkout / "skewed")["partitions"]
+    held = metrics_of(checkout / "skewed")["partitions"]
     assert [sum(map(sum, held[split])) for split in ("train", "test")] == [10_000, 2_000]
     assert min(map(sum, held["train"])) < 700 and max(map(sum, held["train"])) > 1_000
     assert Image.open(checkout / "skewed" / "partitions.png").size > (500, 300)
@@ -40,12 +41,12 @@ def test_topologies_and_uploads(terminals: Terminals, checkout: Path) -> None:
     put_in_its_usual_place(checkout / "DIR", terminals)
     server = terminals.shell("python server.py --simulate 4 --run-config \"topology='ring'\"", checkout)
     assert server.wait(400) == 0, server.text
-    ring = metrics(checkout / "runs" / "federated")["rounds"]
+    ring = metrics_of(checkout / "runs" / "federated")["rounds"]
     assert "consensus" in server.text and all(row["consensus"] > 0 for row in ring[1:])
     command = "python server.py --simulate 4 --run-config \"upload='delta' compression='int8'\""
     server = terminals.shell(command, checkout)
     assert server.wait(400) == 0, server.text
-    small = metrics(checkout / "runs" / "federated")["rounds"]
+    small = metrics_of(checkout / "runs" / "federated")["rounds"]
     assert 0.2 < small[1]["bytes_up"] / ring[1]["bytes_up"] < 0.3 and "consensus" not in small[1]
 
 
@@ -56,7 +57,7 @@ def test_privacy(terminals: Terminals, checkout: Path) -> None:
     command = "python server.py --simulate 10 --run-config \"dp='server-fixed' dp-noise-multiplier=2.0 dp-target-epsilon=3.5\""  # noqa: E501
     server = terminals.shell(command, checkout)
     assert server.wait(400) == 0, server.text
-    run = metrics(checkout / "runs" / "federated")
+    run = metrics_of(checkout / "runs" / "federated")
     assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 10, 10]
     assert run["rounds"][2]["epsilon"] < 3.5 < run["rounds"][2]["epsilon_next"]
     assert "ended after round 2: another one could spend epsilon" in server.text
@@ -79,7 +80,7 @@ def test_other_frameworks(terminals: Terminals, checkout: Path) -> None:
     assert alone.wait(400) == 0 and "EMBEDDED" in alone.text, alone.text
     server = terminals.shell("python server.py --task examples.mnist_jax --simulate 2", checkout)
     assert server.wait(400) == 0, server.text
-    run = metrics(checkout / "runs" / "federated")
+    run = metrics_of(checkout / "runs" / "federated")
     assert run["task"] == "examples.mnist_jax" and [row["clients"] for row in run["rounds"]] == [None, 2, 2, 2]
 
 
@@ -93,7 +94,7 @@ def test_keras(terminals: Terminals, checkout: Path) -> None:
     command = """flwr run . --run-config "task='examples.cifar_keras' num-clients=10 fraction-train=0.5" --federation-config "num-supernodes=10 client-resources-num-cpus=1" --stream"""  # noqa: E501
     flwr = terminals.shell(f"export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 && {command}", checkout, **elsewhere)
     assert flwr.wait(600) == 0, flwr.text
-    run = metrics(terminals.folder / "home" / "runs" / "federated")
+    run = metrics_of(terminals.folder / "home" / "runs" / "federated")
     assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 5, 5, 5]
 
 
@@ -109,7 +110,7 @@ def test_flwr_run(terminals: Terminals, checkout: Path) -> None:
         flwr = terminals.shell(f"{export} && {command}", checkout, **elsewhere)
         assert flwr.wait(400) == 0, flwr.text
         assert f"in {results}" in flwr.text, flwr.text
-        run = metrics(results)
+        run = metrics_of(results)
         assert run["status"] == "finished" and run["config"]["batch-size"] == batch_size
         assert [row["clients"] for row in run["rounds"]] == [None] + [clients] * rounds
     bad = terminals.shell(f'{export} && flwr run . --stream --run-config "num-server-rounds=0"', checkout, **elsewhere)

@@ -1,14 +1,9 @@
 """What the tests of the pages' commands share."""
 
-import json
 import shutil
 from pathlib import Path
 
 from tests.conftest import Terminals
-
-
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
 
 
 def put_in_its_usual_place(data: Path, terminals: Terminals) -> None:
