@@ -207,7 +207,7 @@ def keys(terminals: Terminals) -> Path:
     folder = terminals.folder / "keys"
     names = ["--server", "localhost", "--client", "berlin", "paris", "rome"]
     subprocess.run([sys.executable, "-m", "federation.certificates", folder, *names], cwd=ROOT, check=True)
-    from tests.tasks import TINY
+    from tests.tasks import TINY_NUMPY
 
-    (terminals.folder / "tiny.py").write_text(TINY)
+    (terminals.folder / "tiny.py").write_text(TINY_NUMPY)
     return folder

@@ -5,6 +5,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from federation.app import bundle
 from federation.app.console import emit_event, one_line, print_to_user
+from federation.app.memory import give_back
 
 
 def explain(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
@@ -29,6 +30,7 @@ def play_clients(message: Message, context: Context, call_next: ClientAppCallabl
     whole = message.content
     replies = [_reply(content, message, context, call_next) for content in bundle.unpack(whole)]
     message.content = whole
+    give_back()
     return Message(bundle.pack(replies), reply_to=message)
 
 

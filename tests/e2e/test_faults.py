@@ -14,7 +14,7 @@ import pytest
 from federation.launch.network import free_port
 from tests.conftest import Terminal, Terminals, eventually
 from tests.processes import assert_all_gone, metrics_of, named
-from tests.tasks import TINY, held_by
+from tests.tasks import TINY_NUMPY, held_by
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def tiny(terminals: Terminals) -> None:
     """Put a task beside the server that takes no time."""
-    (terminals.folder / "tiny.py").write_text(TINY)
+    (terminals.folder / "tiny.py").write_text(TINY_NUMPY)
 
 
 def start(terminals: Terminals, clients: int, *options: str) -> tuple[str, Terminal, list[Terminal]]:
@@ -101,7 +101,7 @@ def test_a_client_that_is_interrupted_has_left_and_nobody_speaks_of_heartbeats(t
 
 SITES = """
 def load_data(root=None):  # other data of the same size for each root
-    x = torch.randn(90, 256, generator=torch.Generator().manual_seed(int(root or 0)))
+    x = np.random.default_rng(int(root or 0)).standard_normal((90, 256), "f")
     import tiny_helper
     return (x[:62], x[:62, :10].argmax(1)), (x[62:], x[62:, :10].argmax(1))
 """
@@ -111,7 +111,7 @@ def test_clients_that_do_not_fit_are_turned_away(terminals: Terminals, tmp_path:
     other = terminals.folder / "another version"
     other.mkdir()
     for folder, helper in (terminals.folder, "WIDTH = 1"), (other, "WIDTH = 2"):
-        (folder / "tiny.py").write_text(TINY + SITES)
+        (folder / "tiny.py").write_text(TINY_NUMPY + SITES)
         (folder / "tiny_helper.py").write_text(helper)
     old = tmp_path / "old" / "flwr-1.40.0.dist-info"
     old.mkdir(parents=True)
@@ -166,7 +166,8 @@ def test_failing_task_fails_the_run_everywhere(terminals: Terminals) -> None:
 
 
 def test_other_data_in_each_process_of_a_simulation_are_an_error(terminals: Terminals) -> None:
-    (terminals.folder / "tiny.py").write_text(TINY.replace("manual_seed(0)", "manual_seed(__import__('os').getpid())"))
+    other = TINY_NUMPY.replace("default_rng(0)", "default_rng(__import__('os').getpid())")
+    (terminals.folder / "tiny.py").write_text(other)
     status, text = terminals.run("server.py", "--task", "tiny", "--simulate", "2", "--rounds", "1")
     assert status == 1 and "Traceback" not in text
     assert "the run failed: a client of the simulation has other data than the server: as many training sam" in text

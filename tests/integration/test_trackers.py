@@ -21,7 +21,7 @@ from federation.tracking.run import numbers
 from tests.conftest import ROOT, Terminals, eventually
 from tests.processes import SETTINGS, as_text, assert_all_gone, client, metrics_of, undisturbed
 from tests.runs import write_run
-from tests.tasks import TINY
+from tests.tasks import TINY_NUMPY
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 300  # seconds, of which a server of MLflow takes ten to start where nothing else runs
@@ -161,7 +161,7 @@ def test_a_tracker_that_never_answers_delays_no_round(
 ) -> None:
     pytest.importorskip("mlflow")
     pytest.importorskip("tensorboard")
-    (terminals.folder / "tiny.py").write_text(TINY)
+    (terminals.folder / "tiny.py").write_text(TINY_NUMPY)
     port, config = free_port(), SETTINGS | {"tracking": "mlflow tensorboard"}
     start = ("server.py", "--task", "tiny", "--address", f"127.0.0.1:{port}", "--run-config", as_text(config))
     deaf_address = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{deaf}"}
