@@ -11,8 +11,8 @@ def give_back() -> None:
     """Give the system back what a process that answers one message after another no longer needs.
 
     What Flower's `RecordDict.array_records` returns refers to itself and to its message, whose models therefore stay
-    until Python's next full collection, which is rare. On Linux, the C library (glibc) also keeps what is freed, wherever
-    something in use lies above it. Without this, such a process grows by some megabytes in each round.
+    until Python's next full collection, which is rare. On Linux, the C library (glibc) also keeps what is freed,
+    wherever something in use lies above it. Without this, such a process grows by some megabytes in each round.
     """
     _set_aside()
     gc.collect()
