@@ -63,6 +63,7 @@ def test(net, data):
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)  # so that each run starts from the same initial weights
     train_data, test_data = load_data()
     net = Net()
     print(f"mean training loss {train(net, train_data):.4f}")

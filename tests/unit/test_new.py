@@ -54,8 +54,8 @@ def test_a_new_task_runs_and_can_be_federated(folder: Path, capsys: pytest.Captu
     write_new(Path("my_task.py"), None)
     assert said(capsys, "my_task") == ["my_task can be federated"]
     assert "python my_task.py " in Path("my_task.py").read_text()
-    printed = subprocess.check_output([sys.executable, "my_task.py"], text=True)
-    assert float(printed.split()[-1]) > 0.8
+    printed = [subprocess.check_output([sys.executable, "my_task.py"], text=True) for _ in range(2)]
+    assert printed[0] == printed[1] and float(printed[0].split()[-1]) > 0.8
 
 
 def test_no_file_is_overwritten(folder: Path, failed: Callable[..., tuple[int, str]]) -> None:
