@@ -203,7 +203,9 @@ def test_settings_are_played(command: str, checkout: Path, monkeypatch: pytest.M
     config |= {"task": given.task, "min-partition-size": 1} | parse(given.run_config) | {"num-server-rounds": 2}
     grid = InMemoryGrid(config, {1: {"partition-id": 0, "num-partitions": 1}})
     server.main(grid, Context(1, 0, {}, RecordDict(), config))
-    assert metrics_of(checkout / "out")["status"] == "finished"
+    run = metrics_of(checkout / "out")
+    assert run["status"] == "finished" and len(run["rounds"]) == 3
+    assert len(run["partitions"]["train"]) == given.simulate and (checkout / "out" / "partitions.png").exists()
 
 
 @pytest.mark.slow
