@@ -19,6 +19,9 @@ processes of a side (proportional set size, twice a second). The sides, with the
 - simulated: `python server.py --simulate N`, which chooses the number of workers itself;
 - terminals: `python server.py` and `python client.py --clients N/2` twice.
 
+Let pip compile what it installs (PYTHONDONTWRITEBYTECODE unset): otherwise each start of a process compiles it anew,
+which takes seconds.
+
 Run it on an idle machine. On a busy one, Linux divides the cores among sessions (sched_autogroup_enabled), and torchrun
 starts a session for each of its workers, which then get several times as much as the processes of the other sides.
 """
