@@ -35,14 +35,14 @@ def test_interrupted_server_keeps_its_results_and_leaves_nothing(terminals: Term
     _, server, clients = start(terminals, 2, "--rounds", "50")
     server.wait_for("\n    1  ")
     server.interrupt()
-    assert server.wait(30) == 130 and "stopped" in server.text and "Traceback" not in server.text
+    assert server.wait(10) == 130 and "stopped" in server.text and "Traceback" not in server.text
     eventually(lambda: not named(terminals.processes(), "flower-superlink"), 2)
     assert not named(terminals.processes(), "flwr-serverapp")
     assert metrics_of(terminals.folder)["status"] == "failed" and len(metrics_of(terminals.folder)["rounds"]) >= 2
     for client, stop in zip(clients, (signal.SIGINT, signal.SIGTERM), strict=True):
         client.wait_for("lost the server", 60)
         client.process.send_signal(stop)
-        assert client.wait(30) == 130 and "Traceback" not in client.text
+        assert client.wait(10) == 130 and "Traceback" not in client.text
     assert_all_gone(terminals)
 
 
@@ -51,7 +51,7 @@ def test_interrupted_server_before_the_first_round(terminals: Terminals, stop: s
     _, server, _ = start(terminals, 0)
     server.wait_for("waiting for 2 clients")
     server.process.send_signal(stop)
-    assert server.wait(30) == 130
+    assert server.wait(10) == 130
     assert metrics_of(terminals.folder)["status"] == "failed"
     assert_all_gone(terminals)
 
@@ -62,7 +62,7 @@ def test_killed_launchers_leave_nothing(terminals: Terminals) -> None:
     for terminal in (server, *clients):
         terminal.process.kill()
     for terminal in (server, *clients):
-        terminal.wait(30)
+        terminal.wait(10)
     assert_all_gone(terminals)
 
 
@@ -91,7 +91,7 @@ def test_a_client_that_is_interrupted_has_left_and_nobody_speaks_of_heartbeats(t
     server.wait_for("client 1 joined")
     eventually(lambda: len(named(terminals.processes(), "flwr-clientapp")) >= 2, 60)
     clients[1].interrupt()
-    assert clients[1].wait(30) == 130
+    assert clients[1].wait(10) == 130
     hold.unlink()
     assert server.wait(60) == 0 and clients[0].wait(30) == 0
     assert ") is left out: it has left" in server.text and "heartbeat" not in server.text
@@ -195,7 +195,7 @@ def test_interrupted_simulation_leaves_nothing(terminals: Terminals) -> None:
     untagged = of_ray(terminals)
     assert untagged
     server.interrupt()
-    assert server.wait(30) == 130
+    assert server.wait(10) == 130
     assert metrics_of(terminals.folder)["status"] == "failed"
     assert_all_gone(terminals)
     assert psutil.wait_procs(untagged, timeout=5)[1] == []
@@ -207,7 +207,7 @@ def test_killed_simulation_leaves_nothing(terminals: Terminals) -> None:
     untagged = of_ray(terminals)
     assert untagged
     server.process.kill()
-    server.wait(30)
+    server.wait(10)
     assert_all_gone(terminals)
     assert psutil.wait_procs(untagged, timeout=5)[1] == []
 

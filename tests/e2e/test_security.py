@@ -197,10 +197,10 @@ class Noise:
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """Go on with it for as long as a block lasts: a hundred tries, twice a second."""
+        """Go on with it for as long as a block lasts."""
         over = Event()
         with ThreadPoolExecutor(1) as pool:
-            noise = pool.submit(lambda: [self.make(100) for _ in iter(lambda: over.wait(0.5), True)])
+            noise = pool.submit(lambda: [self.make(100) for _ in iter(over.is_set, True)])
             try:
                 yield
             finally:
