@@ -3,8 +3,11 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import NoReturn
 
 from federation.app.console import FOLDER
@@ -34,6 +37,29 @@ def catch_signals() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+
+def interruptible(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines that a thread reads, so that a signal is handled within a second.
+
+    In a read by the main thread, a signal that comes just before it would be left until the next line.
+    """
+    arrived: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        try:
+            for line in lines:
+                arrived.put(line)
+        finally:
+            arrived.put(None)
+
+    Thread(target=read, daemon=True).start()
+    while True:
+        with suppress(Empty):
+            line = arrived.get(timeout=1)  # seconds
+            if line is None:
+                return
+            yield line
 
 
 def say_stopped(name: str) -> None:

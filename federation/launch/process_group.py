@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import IO, Any
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from federation.app.console import CONSOLE, CONTROL, MARK, PREFIX
 from federation.app.layout import PACKAGE
 from federation.launch import guard, warm
+from federation.launch.command import interruptible
 from federation.launch.fork_server import request_imports
 from federation.launch.log import Log, say, style
 from federation.launch.network import LaunchError
@@ -176,7 +176,7 @@ def relay(process: "subprocess.Popen[str]", log: Log, console: Path | None = Non
     """
     lines = _logged(process, log) if console is None else _from_console(process, log, console)
     with tqdm(leave=False, disable=not style.shows_progress, bar_format="{desc} {bar} {n}/{total}") as bar:
-        for line in _interruptible(lines):
+        for line in interruptible(lines):
             if line.startswith(PREFIX):
                 bar.clear()
                 say(line.removeprefix(PREFIX))
@@ -187,26 +187,6 @@ def relay(process: "subprocess.Popen[str]", log: Log, console: Path | None = Non
                 bar.n, bar.total = event["progress"]
                 bar.set_description_str(event["doing"])
     return None
-
-
-def _interruptible(lines: Iterator[str]) -> Iterator[str]:
-    """Yield lines that a thread reads: a signal that comes just before a read is handled only after the next line."""
-    arrived: SimpleQueue[str | None] = SimpleQueue()
-
-    def read() -> None:
-        try:
-            for line in lines:
-                arrived.put(line)
-        finally:
-            arrived.put(None)
-
-    Thread(target=read, daemon=True).start()
-    while True:
-        with suppress(Empty):
-            line = arrived.get(timeout=1)  # seconds: the longest that a signal can be left waiting
-            if line is None:
-                return
-            yield line
 
 
 def _logged(process: "subprocess.Popen[str]", log: Log, without: tuple[str, ...] = ()) -> Iterator[str]:

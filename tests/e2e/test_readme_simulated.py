@@ -13,6 +13,7 @@ from tests.processes import metrics_of
 
 @pytest.mark.slow
 def test_simulations(terminals: Terminals, checkout: Path) -> None:
+    put_in_its_usual_place(checkout / "DIR", terminals)
     server = terminals.shell("python server.py --simulate 10", checkout)
     assert server.wait(400) == 0, server.text
     assert "simulating 10 clients on " in server.text
@@ -30,37 +31,10 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
     server = terminals.shell(f"{command} --rounds 1 --out skewed", checkout)
     assert server.wait(400) == 0, server.text
     held = metrics_of(checkout / "skewed")["partitions"]
-    assert [sum(map(sum, held[split])) for split in ("train", "test")] == [10_000, 2_000]
-    assert min(map(sum, held["train"])) < 700 and max(map(sum, held["train"])) > 1_000
+    assert [sum(map(sum, held[split])) for split in ("train", "test")] == [200, 100]
+    assert min(map(sum, held["train"])) < 14 and max(map(sum, held["train"])) > 20
     assert Image.open(checkout / "skewed" / "partitions.png").size > (500, 300)
     assert "worst: client " in server.text
-
-
-@pytest.mark.slow
-def test_topologies_and_uploads(terminals: Terminals, checkout: Path) -> None:
-    put_in_its_usual_place(checkout / "DIR", terminals)
-    server = terminals.shell("python server.py --simulate 4 --run-config \"topology='ring'\"", checkout)
-    assert server.wait(400) == 0, server.text
-    ring = metrics_of(checkout / "runs" / "federated")["rounds"]
-    assert "consensus" in server.text and all(row["consensus"] > 0 for row in ring[1:])
-    command = "python server.py --simulate 4 --run-config \"upload='delta' compression='int8'\""
-    server = terminals.shell(command, checkout)
-    assert server.wait(400) == 0, server.text
-    small = metrics_of(checkout / "runs" / "federated")["rounds"]
-    assert 0.2 < small[1]["bytes_up"] / ring[1]["bytes_up"] < 0.3 and "consensus" not in small[1]
-
-
-@pytest.mark.slow
-def test_privacy(terminals: Terminals, checkout: Path) -> None:
-    pytest.importorskip("dp_accounting")
-    put_in_its_usual_place(checkout / "DIR", terminals)
-    command = "python server.py --simulate 10 --run-config \"dp='server-fixed' dp-noise-multiplier=2.0 dp-target-epsilon=3.5\""  # noqa: E501
-    server = terminals.shell(command, checkout)
-    assert server.wait(400) == 0, server.text
-    run = metrics_of(checkout / "runs" / "federated")
-    assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 10, 10]
-    assert run["rounds"][2]["epsilon"] < 3.5 < run["rounds"][2]["epsilon_next"]
-    assert "ended after round 2: another one could spend epsilon" in server.text
 
 
 @pytest.mark.slow

@@ -13,12 +13,12 @@ from tests.conftest import ROOT
 
 SCRIPT = """
 import sys
-from federation.launch.command import run_command
+from federation.launch.command import interruptible, run_command
 
 def command():
     try:
         print("working", flush=True)
-        for line in sys.stdin:
+        for line in interruptible(sys.stdin):
             print(line, end="", flush=True)
         return 0
     finally:
@@ -28,7 +28,13 @@ run_command(command)
 """
 
 
-def start(folder: Path, ignored: signal.Signals | None = None, terminal: int | None = None) -> "subprocess.Popen[str]":
+# Has Python told of a signal without a system call that is interrupted, as by one that comes just before the call.
+JUST_BEFORE_A_READ = "import _thread, threading; threading.Timer(0.5, _thread.interrupt_main).start()"
+
+
+def start(
+    folder: Path, ignored: signal.Signals | None = None, terminal: int | None = None, before: str = ""
+) -> "subprocess.Popen[str]":
     """Start a command that repeats what it reads, with a signal ignored, as a shell or nohup does, or in a terminal."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     output = subprocess.PIPE if terminal is None else terminal
@@ -40,7 +46,7 @@ def start(folder: Path, ignored: signal.Signals | None = None, terminal: int | N
             os.close(os.open(os.ttyname(terminal), os.O_RDWR))  # it controls the session from now on
 
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], cwd=folder, env=environment, stdout=output, stderr=output, text=True,
+        [sys.executable, "-c", before + SCRIPT], cwd=folder, env=environment, stdout=output, stderr=output, text=True,
         stdin=subprocess.PIPE, start_new_session=True, preexec_fn=prepare,
     )  # fmt: skip
 
@@ -52,6 +58,12 @@ def test_ctrl_c_ends_a_command_wherever_the_shell_has_started_it(tmp_path: Path,
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     assert (process.returncode, errors) == (130, "-c: stopped\n")
+
+
+def test_a_signal_that_comes_just_before_a_read_is_not_left_until_the_next_line(tmp_path: Path) -> None:
+    process = start(tmp_path, before=JUST_BEFORE_A_READ)
+    assert process.wait(10) == 130
+    assert (tmp_path / "cleaned").exists()
 
 
 def test_a_closed_terminal_ends_a_command_in_order(tmp_path: Path) -> None:
