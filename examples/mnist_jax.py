@@ -58,14 +58,14 @@ def train(
     Each epoch visits every sample once, in an order drawn from `seed + epoch` (counted from 0), so that E calls
     of one epoch see the batches of one call of E. `after_epoch(epoch, loss)` is called after each, from 1.
     """
-    images, labels = map(jnp.asarray, data)
+    images, labels = data
     graph, weights = nnx.split(net)
     velocity = optax.sgd(lr, momentum).init(weights)
     for epoch in range(epochs):
         order, losses = np.random.default_rng(seed + epoch).permutation(len(labels)), []
         batches = np.split(order, range(batch_size, len(labels), batch_size))
         for rows in tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=None):
-            weights, velocity, loss = train_step(graph, weights, velocity, images, labels, rows, lr, momentum)
+            weights, velocity, loss = train_step(graph, weights, velocity, images[rows], labels[rows], lr, momentum)
             losses.append(loss)
         nnx.update(net, weights)
         mean_loss = float(np.sum(losses, dtype=float)) / len(labels)
@@ -74,32 +74,33 @@ def train(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def train_step(graph, weights, velocity, images, labels, rows, lr, momentum):
-    """Return the weights and the velocity after a step on the samples in `rows`, and the sum of their losses."""
+def train_step(graph, weights, velocity, images, labels, lr, momentum):
+    """Return the weights and the velocity after a step on a batch, and the sum of its losses."""
 
     def mean_loss(weights):
-        logits = nnx.merge(graph, weights)(images[rows])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+        logits = nnx.merge(graph, weights)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     loss, gradient = jax.value_and_grad(mean_loss)(weights)
     step, velocity = optax.sgd(lr, momentum).update(gradient, velocity)
-    return optax.apply_updates(weights, step), velocity, loss * len(rows)
+    return optax.apply_updates(weights, step), velocity, loss * len(labels)
 
 
 def test(net: Net, data: Data, *, batch_size: int = 500) -> tuple[float, float]:
     """Return the mean loss per sample and the accuracy in 0..1 of `net` on `data`."""
-    images, labels = map(jnp.asarray, data)
+    images, labels = data
     batches = np.split(np.arange(len(labels)), range(batch_size, len(labels), batch_size))
-    loss, correct = np.sum([test_step(*nnx.split(net), images, labels, rows) for rows in batches], axis=0, dtype=float)
+    sums = [test_step(*nnx.split(net), images[rows], labels[rows]) for rows in batches]
+    loss, correct = np.sum(sums, axis=0, dtype=float)
     return float(loss) / len(labels), float(correct) / len(labels)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def test_step(graph, weights, images, labels, rows):
-    """Return the sum of the losses of the samples in `rows`, and how many of them are classified correctly."""
-    logits = nnx.merge(graph, weights)(images[rows])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
-    return losses.sum(), (logits.argmax(1) == labels[rows]).sum()
+def test_step(graph, weights, images, labels):
+    """Return the sum of the losses of a batch, and how many of its samples are classified correctly."""
+    logits = nnx.merge(graph, weights)(images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.sum(), (logits.argmax(1) == labels).sum()
 
 
 def save(net: Net, path: Path) -> None:
