@@ -41,8 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _take_interrupts() -> None:
-    """Let Ctrl-C reach a command, even if the shell that runs the tests has it ignored."""
+    """Let Ctrl-C and SIGHUP reach a command, even if the shell that runs the tests, or nohup, has them ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 take_interrupts = None if sys.platform == "win32" else _take_interrupts

@@ -17,7 +17,7 @@ from federation.launch.command import interruptible, run_command
 
 def command():
     try:
-        print("working", flush=True)
+        BEGIN
         for line in interruptible(sys.stdin):
             print(line, end="", flush=True)
         return 0
@@ -33,21 +33,25 @@ JUST_BEFORE_A_READ = "import _thread, threading; threading.Timer(0.5, _thread.in
 
 
 def start(
-    folder: Path, ignored: signal.Signals | None = None, terminal: int | None = None, before: str = ""
+    folder: Path,
+    ignored: signal.Signals | None = None,
+    terminal: int | None = None,
+    begin: str = 'print("working", flush=True)',
 ) -> "subprocess.Popen[str]":
     """Start a command that repeats what it reads, with a signal ignored, as a shell or nohup does, or in a terminal."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     output = subprocess.PIPE if terminal is None else terminal
 
     def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if nohup runs the tests
         if ignored:
             signal.signal(ignored, signal.SIG_IGN)
         if terminal is not None:
             os.close(os.open(os.ttyname(terminal), os.O_RDWR))  # it controls the session from now on
 
     return subprocess.Popen(
-        [sys.executable, "-c", before + SCRIPT], cwd=folder, env=environment, stdout=output, stderr=output, text=True,
-        stdin=subprocess.PIPE, start_new_session=True, preexec_fn=prepare,
+        [sys.executable, "-c", SCRIPT.replace("BEGIN", begin)], cwd=folder, env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, preexec_fn=prepare,
     )  # fmt: skip
 
 
@@ -61,8 +65,8 @@ def test_ctrl_c_ends_a_command_wherever_the_shell_has_started_it(tmp_path: Path,
 
 
 def test_a_signal_that_comes_just_before_a_read_is_not_left_until_the_next_line(tmp_path: Path) -> None:
-    process = start(tmp_path, before=JUST_BEFORE_A_READ)
-    assert process.wait(10) == 130
+    process = start(tmp_path, begin=JUST_BEFORE_A_READ)
+    assert process.wait(30) == 130
     assert (tmp_path / "cleaned").exists()
 
 
