@@ -34,6 +34,7 @@ COMMANDS = (*READY, "flwr-simulation")  # that one's child imports by itself wha
 ONCE = {"flwr-serverapp", "flwr-simulation", PREPARE}  # no second one will need what they have imported
 FRAMEWORKS = {"triton", "torch", "torchvision", "jax", "jaxlib", "flax", "optax", "keras", "tensorflow"}  # tried
 CRASHES = {getattr(signal, f"SIG{name}", None) for name in ("SEGV", "ABRT", "BUS", "ILL", "FPE")}  # no BUS on Windows
+INTERRUPTED = 130  # the exit status after Ctrl-C
 UNSAFE = 3  # the exit status after which no other fork server should be started
 
 expected: deque[str] = deque()  # modules of frameworks that are imported as soon as no request waits
@@ -179,6 +180,10 @@ def status_of(command: Command) -> int:
         result = command()
     except SystemExit as end:
         result = end.code
+    except KeyboardInterrupt:  # Flower sends itself SIGINT, at times twice: the second one leaves its threads running
+        ended_with.append(INTERRUPTED)
+        leave_at_once()
+        raise
     except BaseException:
         sys.excepthook(*sys.exc_info())
         return 1

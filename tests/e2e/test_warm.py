@@ -52,7 +52,11 @@ def wait():
 def crash():
     os.abort()
 
-COMMANDS = {"report": report, "wait": wait, "crash": crash}
+def linger():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    raise KeyboardInterrupt
+
+COMMANDS = {"report": report, "wait": wait, "crash": crash, "linger": linger}
 """
 
 
@@ -65,7 +69,7 @@ class Warm:
         (folder / "torch.py").write_text("import os; pid, seed = os.getpid(), lambda: None")
         (folder / "server.py").write_text(SERVER)
         self.listener = warm.listen(self.address)
-        for name in ("report", "wait", "crash", "unknown"):
+        for name in ("report", "wait", "crash", "linger", "unknown"):
             original = folder / "original" / name
             original.parent.mkdir(exist_ok=True)
             original.write_text("#!/bin/sh\necho started in the usual way $@")
@@ -97,6 +101,12 @@ def ours(tmp_path: Path) -> Iterator[Warm]:
     warm_start.server.kill()
     warm_start.server.communicate()
     warm_start.listener.close()
+
+
+def test_a_command_that_is_interrupted_does_not_wait_for_its_threads(ours: Warm) -> None:
+    process = ours.open("linger")
+    process.communicate(timeout=20)
+    assert process.returncode == 130
 
 
 def test_a_command_runs_as_if_it_had_been_started_in_the_usual_way(ours: Warm) -> None:
