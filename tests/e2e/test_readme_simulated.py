@@ -13,7 +13,6 @@ from tests.processes import metrics_of
 
 @pytest.mark.slow
 def test_simulations(terminals: Terminals, checkout: Path) -> None:
-    put_in_its_usual_place(checkout / "DIR", terminals)
     server = terminals.shell("python server.py --simulate 10", checkout)
     assert server.wait(400) == 0, server.text
     assert "simulating 10 clients on " in server.text
@@ -31,8 +30,8 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
     server = terminals.shell(f"{command} --rounds 1 --out skewed", checkout)
     assert server.wait(400) == 0, server.text
     held = metrics_of(checkout / "skewed")["partitions"]
-    assert [sum(map(sum, held[split])) for split in ("train", "test")] == [200, 100]
-    assert min(map(sum, held["train"])) < 14 and max(map(sum, held["train"])) > 20
+    assert [sum(map(sum, held[split])) for split in ("train", "test")] == [10_000, 2_000]
+    assert min(map(sum, held["train"])) < 700 and max(map(sum, held["train"])) > 1_000
     assert Image.open(checkout / "skewed" / "partitions.png").size > (500, 300)
     assert "worst: client " in server.text
 
