@@ -60,9 +60,9 @@ def test_other_frameworks(terminals: Terminals, checkout: Path) -> None:
 @pytest.mark.slow
 def test_keras(terminals: Terminals, checkout: Path) -> None:
     pytest.importorskip("keras")
-    put_in_its_usual_place(checkout / "DIR", terminals)
     alone = terminals.shell("python examples/cifar_keras.py", checkout)
-    assert alone.wait(400) == 0 and "200 training and 100 test images" in alone.text, alone.text
+    assert alone.wait(400) == 0 and "EMBEDDED" in alone.text, alone.text
+    put_in_its_usual_place(checkout / "DIR", terminals)
     elsewhere = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_TELEMETRY_ENABLED": "0"}
     command = """flwr run . --run-config "task='examples.cifar_keras' num-clients=10 fraction-train=0.5" --federation-config "num-supernodes=10 client-resources-num-cpus=1" --stream"""  # noqa: E501
     flwr = terminals.shell(f"export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 && {command}", checkout, **elsewhere)
