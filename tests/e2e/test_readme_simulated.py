@@ -37,6 +37,33 @@ def test_simulations(terminals: Terminals, checkout: Path) -> None:
 
 
 @pytest.mark.slow
+def test_topologies_and_uploads(terminals: Terminals, checkout: Path) -> None:
+    put_in_its_usual_place(checkout / "DIR", terminals)
+    server = terminals.shell("python server.py --simulate 4 --run-config \"topology='ring'\"", checkout)
+    assert server.wait(400) == 0, server.text
+    ring = metrics_of(checkout / "runs" / "federated")["rounds"]
+    assert "consensus" in server.text and all(row["consensus"] > 0 for row in ring[1:])
+    command = "python server.py --simulate 4 --run-config \"upload='delta' compression='int8'\""
+    server = terminals.shell(command, checkout)
+    assert server.wait(400) == 0, server.text
+    small = metrics_of(checkout / "runs" / "federated")["rounds"]
+    assert 0.2 < small[1]["bytes_up"] / ring[1]["bytes_up"] < 0.3 and "consensus" not in small[1]
+
+
+@pytest.mark.slow
+def test_privacy(terminals: Terminals, checkout: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    put_in_its_usual_place(checkout / "DIR", terminals)
+    command = "python server.py --simulate 10 --run-config \"dp='server-fixed' dp-noise-multiplier=2.0 dp-target-epsilon=3.5\""  # noqa: E501
+    server = terminals.shell(command, checkout)
+    assert server.wait(400) == 0, server.text
+    run = metrics_of(checkout / "runs" / "federated")
+    assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 10, 10]
+    assert run["rounds"][2]["epsilon"] < 3.5 < run["rounds"][2]["epsilon_next"]
+    assert "ended after round 2: another one could spend epsilon" in server.text
+
+
+@pytest.mark.slow
 def test_the_ladder_takes_any_task(terminals: Terminals, checkout: Path) -> None:
     command = "python -m pytest tests/evidence/test_ladder.py --task benchmarks.niid_task --data embedded -rs"
     ladder = terminals.shell(command, checkout)
