@@ -65,7 +65,11 @@ class Terminal:
         return self.output.read_text()
 
     def wait(self, timeout: float = 240) -> int:
-        return self.process.wait(timeout)
+        """Return the exit status; a command that does not end is an error that tells what it had printed."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{error}\n{self.text}") from None
 
     def wait_for(self, text: str, timeout: float = 240) -> None:
         eventually(lambda: text in self.text or self.process.poll() is not None, timeout)
