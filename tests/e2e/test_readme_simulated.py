@@ -10,6 +10,10 @@ from tests.conftest import Terminals, eventually
 from tests.e2e.typed import put_in_its_usual_place
 from tests.processes import metrics_of
 
+BEFORE_FLWR_RUN = " && ".join(
+    ("export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1", "export PYTHONPATH=$PWD/federation/app/hide_tensorflow")
+)
+
 
 @pytest.mark.slow
 def test_simulations(terminals: Terminals, checkout: Path) -> None:
@@ -92,7 +96,7 @@ def test_keras(terminals: Terminals, checkout: Path) -> None:
     put_in_its_usual_place(checkout / "DIR", terminals)
     elsewhere = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_TELEMETRY_ENABLED": "0"}
     command = """flwr run . --run-config "task='examples.cifar_keras' num-clients=10 fraction-train=0.5" --federation-config "num-supernodes=10 client-resources-num-cpus=1" --stream"""  # noqa: E501
-    flwr = terminals.shell(f"export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 && {command}", checkout, **elsewhere)
+    flwr = terminals.shell(f"{BEFORE_FLWR_RUN} && {command}", checkout, **elsewhere)
     assert flwr.wait(600) == 0, flwr.text
     run = metrics_of(terminals.folder / "home" / "runs" / "federated")
     assert run["status"] == "finished" and [row["clients"] for row in run["rounds"]] == [None, 5, 5, 5]
@@ -106,14 +110,14 @@ def test_flwr_run(terminals: Terminals, checkout: Path) -> None:
     put_in_its_usual_place(checkout / "DIR", terminals)
     larger = 'flwr run . --stream --run-config "num-server-rounds=5 batch-size=16" --federation-config "num-supernodes=10 client-resources-num-cpus=1"'  # noqa: E501
     for command, rounds, batch_size, clients in (("flwr run . --stream", 3, 32, 2), (larger, 5, 16, 10)):
-        export = "export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1"
-        flwr = terminals.shell(f"{export} && {command}", checkout, **elsewhere)
+        flwr = terminals.shell(f"{BEFORE_FLWR_RUN} && {command}", checkout, **elsewhere)
         assert flwr.wait(400) == 0, flwr.text
         assert f"in {results}" in flwr.text, flwr.text
         run = metrics_of(results)
         assert run["status"] == "finished" and run["config"]["batch-size"] == batch_size
         assert [row["clients"] for row in run["rounds"]] == [None] + [clients] * rounds
-    bad = terminals.shell(f'{export} && flwr run . --stream --run-config "num-server-rounds=0"', checkout, **elsewhere)
+    command = f'{BEFORE_FLWR_RUN} && flwr run . --stream --run-config "num-server-rounds=0"'
+    bad = terminals.shell(command, checkout, **elsewhere)
     bad.wait()
     assert "num-server-rounds=0 is out of range" in bad.text
     see_and_stop_the_superlink(terminals, checkout, elsewhere)
