@@ -9,8 +9,9 @@ OPTIONS := $(if $(DATA),--data $(DATA))
 
 EXTRAS ?= dev
 TEST := $(BIN)/pytest --dist loadfile --durations 20
-# Only these files, since to import the others takes each worker seconds; the one that takes longest comes first.
-SLOW = tests/e2e/test_readme_simulated.py $(shell grep -rl --include='test_*.py' 'mark\.slow' tests | sort)
+# Only these files, since to import the others takes each worker seconds; those that take longest come first.
+LONGEST = readme_simulated benchmarks examples_ladder faults examples examples_simulated readme keras_ladder
+SLOW = $(LONGEST:%=tests/e2e/test_%.py) $(shell grep -rl --include='test_*.py' 'mark\.slow' tests | sort)
 
 .PHONY: demo test test-slow lint docs dist install
 
