@@ -8,7 +8,9 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import IO
+from typing import IO, NoReturn
+
+from tqdm import tqdm
 
 from federation.app.console import CONTROL, PREFIX, without_colours
 
@@ -63,6 +65,28 @@ def read(line: str) -> logging.LogRecord:
 def say(line: str) -> None:
     """Print a line for people."""
     print(form.format(read(PREFIX + line)) if style.as_json else line.rstrip("\n"), flush=True)
+
+
+class Progress:
+    """A bar below the lines of a process. It appears with the first count: most processes never have one."""
+
+    bar: "tqdm[NoReturn] | None" = None
+
+    def show(self, done: int, total: int, doing: str) -> None:
+        if self.bar is None and style.shows_progress:
+            self.bar = tqdm(leave=False, bar_format="{desc} {bar} {n}/{total}", initial=done, total=total, desc=doing)
+        elif self.bar is not None:
+            self.bar.n, self.bar.total = done, total
+            self.bar.set_description_str(doing)
+
+    def clear(self) -> None:
+        """Make room for a line; the bar comes back with the next count."""
+        if self.bar is not None:
+            self.bar.clear()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 class Log:

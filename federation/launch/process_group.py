@@ -9,19 +9,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from threading import Lock, Thread
 from typing import IO, Any
-
-from tqdm import tqdm
 
 from federation.app.console import CONSOLE, CONTROL, MARK, PREFIX
 from federation.app.layout import PACKAGE
 from federation.launch import guard, warm
 from federation.launch.command import interruptible
 from federation.launch.fork_server import request_imports
-from federation.launch.log import Log, say, style
+from federation.launch.log import Log, Progress, say
 from federation.launch.network import LaunchError
 
 SIGN_OFF = 5  # seconds; it takes less than one, but where the machine is busy
@@ -175,17 +173,17 @@ def relay(process: "subprocess.Popen[str]", log: Log, console: Path | None = Non
     With `console`, that is what its app writes to this named pipe.
     """
     lines = _logged(process, log) if console is None else _from_console(process, log, console)
-    with tqdm(leave=False, disable=not style.shows_progress, bar_format="{desc} {bar} {n}/{total}") as bar:
+    with closing(Progress()) as progress:
         for line in interruptible(lines):
             if line.startswith(PREFIX):
-                bar.clear()
+                progress.clear()
                 say(line.removeprefix(PREFIX))
             elif line.startswith(CONTROL):
                 event = json.loads(line.removeprefix(CONTROL))
                 if "end" in event:
                     return int(event["end"])
-                bar.n, bar.total = event["progress"]
-                bar.set_description_str(event["doing"])
+                done, total = event["progress"]
+                progress.show(done, total, event["doing"])
     return None
 
 
