@@ -72,7 +72,8 @@ def labels(split: Any, one_pass: bool = True) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _labels_by_one_pass(split: Any) -> NDArray[Any]:
-    return np.asarray([item(split, row)[1] for row in tqdm(range(len(split)), "reading labels", leave=False)])
+    rows = tqdm(range(len(split)), "reading labels", leave=False, disable=None)
+    return np.asarray([item(split, row)[1] for row in rows])
 
 
 def item(split: Any, row: int) -> tuple[Any, Any]:
