@@ -215,7 +215,7 @@ def check_script(task: str, data: str) -> int:
     try:
         check_usable(trial)
         for one in warnings(trial):
-            print(f"{name}: {one}")
+            tqdm.write(f"{name}: {one}")  # above the progress bar
             found.append(one)
     except ValueError as error:
         raise ValueError(f"{name} cannot be federated: {error}") from None

@@ -12,6 +12,7 @@ from federation.app import cores
 from federation.check import check as command
 from federation.launch.command_line import run_script
 from federation.tools import check
+from tests.screen import printed_on_a_terminal, screen
 
 SOUND = '''"""A script that may be federated without a second thought."""
 
@@ -86,6 +87,15 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def test_a_sound_script_passes_without_a_word(checked: Any) -> None:
     assert checked(SOUND) == ["NAME can be federated"]
+
+
+def test_on_a_terminal_warnings_stand_above_the_progress_bar(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(faulty(*HURTS["no rate"][0], *HURTS["dropout"][0]), "utf-8")
+    printed = printed_on_a_terminal(tmp_path, "-m", "federation.check", "script")
+    assert "trying: 100%" in printed
+    one, other, verdict, end = screen(printed)
+    assert one.startswith("script: train() makes random steps") and other.startswith("script: train() has no default")
+    assert (verdict, end) == ("script can be federated (2 warnings above)", "")
 
 
 HURTS = {

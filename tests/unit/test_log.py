@@ -1,10 +1,7 @@
 """The log of a server or a client: times, levels, JSON, and the line that says why something failed."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -16,7 +13,7 @@ from federation.app.console import CONTROL, PREFIX
 from federation.launch import log
 from federation.launch.log import Log, read, say
 from federation.launch.process_group import open_private
-from tests.conftest import ROOT
+from tests.screen import printed_on_a_terminal, screen
 
 STARTED = "\x1b[92mINFO \x1b[0m:      Starting Flower SuperLink\n"
 RELAYS = f"""
@@ -108,32 +105,9 @@ def test_verbose_shows_other_lines_too_and_none_twice(
     assert not style.shows_progress
 
 
-def screen(printed: str) -> list[str]:
-    """Return the rows that a terminal shows in the end."""
-    rows = []
-    for row in printed.split("\r\n"):
-        shown = ""
-        for part in row.split("\r"):
-            shown = part + shown[len(part) :]
-        rows.append(shown.rstrip())
-    return rows
-
-
 def test_on_a_terminal_a_bar_appears_with_the_first_count_and_leaves_nothing(tmp_path: Path) -> None:
-    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
     (tmp_path / "relays.py").write_text(RELAYS)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "relays.py"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    printed = ""
-    with suppress(OSError):  # as the end of a terminal is told
-        while some := os.read(ours, 10_000):
-            printed += some.decode()
-    os.close(ours)
-    assert process.wait(60) == 0, printed
+    printed = printed_on_a_terminal(tmp_path, "relays.py")
     assert printed.startswith("waiting\r\n"), "nothing is drawn before"
     assert re.findall(r"testing .*?(\d+/\w+)", printed) == ["1/3", "2/3"]
     assert screen(printed) == ["waiting", "round 1", "round 2", ""]
