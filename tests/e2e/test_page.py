@@ -51,8 +51,12 @@ class Tab:
         self.page.goto(url)
 
     def wait_for(self, selector: str, text: str, seconds: float = 240) -> None:
+        """Wait until a part of the page has this text; an error tells what the page says instead."""
         found = self.page.locator(selector).filter(has_text=text).first
-        found.wait_for(timeout=seconds * 1000)
+        try:
+            found.wait_for(timeout=seconds * 1000)
+        except Exception as error:  # of a kind that Playwright, which may be missing, defines
+            raise AssertionError(f"{error}\n{self.text()}") from None
 
     def text(self, selector: str = "body") -> str:
         return " ".join(self.page.locator(selector).inner_text().split())
